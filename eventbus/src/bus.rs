@@ -1,0 +1,175 @@
+//! The bus as programs use it: a transport chosen by its address, and typed publishing.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Message;
+use crate::name::Topic;
+use crate::text::Text;
+use crate::transport::{Confirm, Publisher, Receipt, Transport};
+use crate::url::Url;
+
+/// The schemes of this build and of the others that exist, with the feature that brings each.
+const SCHEMES: [(&str, &str, bool); 2] =
+    [("memory", "memory", cfg!(feature = "memory")), ("sqlite", "sqlite", cfg!(feature = "sqlite"))];
+
+/// Opens the transport that an address names.
+///
+/// | Address | Transport |
+/// |---|---|
+/// | `memory://` or `memory://name` | in this process; values of one name share a broker |
+/// | `sqlite://path/to/file.db` | one durable file, shared by several processes |
+///
+/// Options follow a `?`; the module of each transport lists them.
+///
+/// # Errors
+/// [`Config`](ErrorKind::Config) for a scheme or option that does not exist;
+/// [`Unsupported`](ErrorKind::Unsupported) for a transport that was not compiled in, with the feature's
+/// name; or what the transport reports about the place.
+pub async fn connect(url: &str) -> Result<Bus> {
+    let url = Url::parse(url)?;
+    match url.scheme() {
+        #[cfg(feature = "memory")]
+        "memory" => {
+            let options = crate::transport::memory::Options::from_url(&url)?;
+            Ok(Bus::new(crate::transport::memory::Memory::named(url.place(), options)?))
+        }
+        #[cfg(feature = "sqlite")]
+        "sqlite" => Ok(Bus::new(crate::transport::sqlite::Sqlite::open(&url).await?)),
+        scheme => Err(unavailable(scheme)),
+    }
+}
+
+fn unavailable(scheme: &str) -> Error {
+    match SCHEMES.iter().find(|(known, ..)| *known == scheme) {
+        Some((_, feature, _)) => Error::new(
+            ErrorKind::Unsupported,
+            format!("this program was built without the transport {scheme}: enable the feature \"{feature}\" of eventbus"),
+        ),
+        None => {
+            let known: Vec<_> = SCHEMES.iter().filter(|(.., built)| *built).map(|(scheme, ..)| format!("{scheme}://")).collect();
+            Error::config(format!("unknown scheme {}", scheme.escape_debug())).with("known", known.join(", "))
+        }
+    }
+}
+
+/// A transport with the name under which this program publishes.
+#[derive(Clone)]
+pub struct Bus {
+    transport: Arc<dyn Transport>,
+    source: Text,
+}
+
+impl Bus {
+    /// Wraps a transport; the source is `/` and the program's name until [`with_source`](Self::with_source).
+    pub fn new(transport: impl Transport) -> Self {
+        let program = std::env::current_exe().ok();
+        let stem = program.as_deref().and_then(|path| path.file_stem()).and_then(|stem| stem.to_str());
+        Self { transport: Arc::new(transport), source: format!("/{}", stem.unwrap_or("eventbus")).into() }
+    }
+
+    /// Sets the CloudEvents `source` of what is published through this value.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Text>) -> Self {
+        self.source = source.into();
+        self
+    }
+
+    /// Returns the transport.
+    pub fn transport(&self) -> &Arc<dyn Transport> {
+        &self.transport
+    }
+
+    /// Opens a typed publisher.
+    ///
+    /// # Errors
+    /// As [`Transport::publisher`].
+    pub async fn publisher(&self) -> Result<TypedPublisher> {
+        Ok(TypedPublisher { publisher: self.transport.publisher().await?, source: self.source.clone() })
+    }
+
+    /// Closes the transport and everything opened from it.
+    ///
+    /// # Errors
+    /// As [`Transport::close`].
+    pub async fn close(&self) -> Result<()> {
+        self.transport.close().await
+    }
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Bus").field("transport", &self.transport).field("source", &self.source).finish()
+    }
+}
+
+/// Publishes messages by their type. Cheap to clone; clones share the order of acceptance.
+#[derive(Debug, Clone)]
+pub struct TypedPublisher {
+    publisher: Arc<dyn Publisher>,
+    source: Text,
+}
+
+impl TypedPublisher {
+    /// Publishes one message; durable when it returns.
+    ///
+    /// # Errors
+    /// [`Unknown`](ErrorKind::Unknown): it may be stored. Build the envelope with [`Envelope::of`] and
+    /// publish that, where a repetition must keep its id.
+    ///
+    /// # Cancellation
+    /// The message may or may not be published.
+    pub async fn publish<M: Message>(&self, topic: &Topic, message: &M) -> Result<Receipt> {
+        let envelope = Envelope::of(message, self.source.clone())?;
+        self.publish_envelope(topic, envelope).await
+    }
+
+    /// Publishes one envelope; durable when it returns.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish); the id is kept, so the call can be repeated.
+    pub async fn publish_envelope(&self, topic: &Topic, envelope: Envelope) -> Result<Receipt> {
+        self.publisher.enqueue(topic, vec![envelope]).await?.await.single()
+    }
+
+    /// Accepts messages in order and returns at once; they are durable when the confirm resolves.
+    ///
+    /// # Errors
+    /// As [`Publisher::enqueue`].
+    pub async fn enqueue<'a, M: Message>(
+        &self,
+        topic: &Topic,
+        messages: impl IntoIterator<Item = &'a M, IntoIter: Send> + Send,
+    ) -> Result<Confirm> {
+        let batch: Result<Vec<_>> =
+            messages.into_iter().map(|message| Envelope::of(message, self.source.clone())).collect();
+        self.publisher.enqueue(topic, batch?).await
+    }
+
+    /// Returns the untyped publisher.
+    pub fn inner(&self) -> &Arc<dyn Publisher> {
+        &self.publisher
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn wrong_addresses_say_what_to_do() {
+        for (url, text) in [
+            ("shop.db", "looks like scheme://place"),
+            ("kafkka://x", "unknown scheme"),
+            #[cfg(feature = "memory")]
+            ("memory://?replai=1", "unknown option"),
+            #[cfg(feature = "memory")]
+            ("memory://?replay=many", "not a number"),
+        ] {
+            let error = connect(url).await.unwrap_err();
+            assert!(error.to_string().contains(text), "{url}: {error}");
+        }
+    }
+}

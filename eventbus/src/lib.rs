@@ -1,0 +1,71 @@
+//! Brokers behind one contract.
+//!
+//! Publish events, consume them in groups with order per key, replay them; on memory or one SQLite
+//! file with nothing installed, and on other brokers by changing an address. What a transport can do
+//! is data ([`Capabilities`]), and a conformance suite proves it in both directions.
+//!
+//! # A tour
+//! - [`Envelope`]: CloudEvents 1.0 attributes, headers, a body. [`Event`] and [`Command`] give a type
+//!   its wire name and version; [`codec`] writes the body.
+//! - [`connect`] opens a [`Bus`] by its address; [`Bus::publisher`] publishes by type.
+//! - [`transport`] is the contract for brokers, in three traits: [`Transport`], [`Publisher`], [`Consumer`].
+//! - [`Admin`] declares topics, looks at groups and reads ranges.
+//!
+//! ```
+//! # use eventbus::{Event, Topic};
+//! # use serde::{Serialize, Deserialize};
+//! #[derive(Event, Serialize, Deserialize)]
+//! #[event(type = "shop.order.placed", version = 1, key = order_id)]
+//! struct OrderPlaced { order_id: u64 }
+//!
+//! # #[cfg(feature = "memory")]
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> eventbus::Result<()> {
+//! let bus = eventbus::connect("memory://").await?;
+//! let receipt = bus.publisher().await?.publish(&Topic::new("orders")?, &OrderPlaced { order_id: 7 }).await?;
+//! println!("stored in partition {}", receipt.partition);
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "memory"))] fn main() {}
+//! ```
+
+pub mod admin;
+mod bus;
+pub mod capability;
+pub mod codec;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+pub mod envelope;
+mod error;
+mod event;
+pub mod header;
+mod id;
+mod name;
+pub mod partition;
+mod subscription;
+mod text;
+pub mod transport;
+pub mod url;
+
+pub use eventbus_derive::{Command, Event};
+
+pub use self::admin::{Admin, Offset, TopicSpec};
+pub use self::bus::{Bus, TypedPublisher, connect};
+pub use self::capability::Capabilities;
+pub use self::envelope::Envelope;
+pub use self::error::{Class, Error, ErrorKind, Result};
+pub use self::event::{Command, Event, Message};
+pub use self::header::Headers;
+pub use self::id::EventId;
+pub use self::name::{Group, Key, MAX_GROUP_BYTES, MAX_KEY_BYTES, MAX_TOPIC_BYTES, Topic};
+pub use self::partition::PartitionId;
+pub use self::subscription::{Audience, Start, Subscription};
+pub use self::text::Text;
+pub use self::transport::{
+    Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled, Token,
+    Transport, Undecodable,
+};
+
+// The derives name this crate by its own path; tests inside it are users too.
+#[cfg(test)]
+extern crate self as eventbus;

@@ -1,0 +1,494 @@
+//! A group's place in one partition: what is settled, in hand, waiting, and what may go out next.
+//!
+//! ```text
+//!   settled        floor                                next
+//!  ─────────────────┤ S │ hand │ S │ waiting │ hand │ … ├──────────▶ the log
+//!                     ◀────────── slots ──────────────▶
+//! ```
+//! Shared by the transports that keep deliveries themselves. It does no input or output and reads no
+//! clock: the caller passes the time.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::num::NonZeroU32;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::delivery::{Content, FIRST, Settle};
+use crate::name::Key;
+
+/// Most slots between the floor and the next event: what a long-delayed event lets others pass it by.
+const MAX_SPAN: usize = 16 * 1024;
+
+/// Which earlier events hold an event back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    None,
+    PerKey,
+    Total,
+}
+
+/// An event as the log holds it.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) content: Content,
+    pub(crate) stored_at: SystemTime,
+    /// Earlier deliveries that ended in a retry, as the store remembers them.
+    pub(crate) past: Past,
+}
+
+/// What a store remembers of an event that is not settled, or is settled out of order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Past {
+    #[default]
+    Fresh,
+    Waiting { attempt: NonZeroU32, due: Option<Instant> },
+    Settled,
+}
+
+/// An event that goes out now.
+#[derive(Debug)]
+pub(crate) struct Handed {
+    pub(crate) offset: u64,
+    pub(crate) handout: u16,
+    pub(crate) attempt: NonZeroU32,
+    pub(crate) until: Instant,
+    pub(crate) stored_at: SystemTime,
+    pub(crate) content: Content,
+}
+
+/// What a settle met.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Settling {
+    /// It was ours; so many bytes are in hand no more.
+    Done { size: usize },
+    /// The same token had settled it before.
+    Repeated,
+    /// The token is from an earlier handing-out.
+    Lost,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: State,
+    attempt: NonZeroU32,
+    handout: u16,
+    stored_at: SystemTime,
+}
+
+#[derive(Debug)]
+enum State {
+    Waiting { due: Option<Instant>, content: Content },
+    InHand { until: Instant, content: Content },
+    Settled,
+}
+
+#[derive(Debug)]
+pub(crate) struct Cursor {
+    order: Order,
+    floor: u64,
+    slots: VecDeque<Slot>,
+    /// Waiting offsets of each key that is held back; the first of each is in `due`.
+    held: HashMap<Option<Key>, BTreeSet<u64>>,
+    /// Waiting events that nothing holds back, by the time they may go out.
+    due: BTreeSet<(Option<Instant>, u64)>,
+    n_in_hand: usize,
+    bytes_in_hand: usize,
+    bytes_waiting: usize,
+    /// No lease ends before this.
+    expiry: Option<Instant>,
+}
+
+impl Cursor {
+    pub(crate) fn new(order: Order, floor: u64) -> Self {
+        Self {
+            order,
+            floor,
+            slots: VecDeque::new(),
+            held: HashMap::new(),
+            due: BTreeSet::new(),
+            n_in_hand: 0,
+            bytes_in_hand: 0,
+            bytes_waiting: 0,
+            expiry: None,
+        }
+    }
+
+    pub(crate) fn order(&self) -> Order {
+        self.order
+    }
+
+    /// Every offset below is settled.
+    pub(crate) fn floor(&self) -> u64 {
+        self.floor
+    }
+
+    /// The next offset to be read from the log.
+    pub(crate) fn next(&self) -> u64 {
+        self.floor + self.slots.len() as u64
+    }
+
+    /// How many events are in hand, and their bytes.
+    pub(crate) fn in_hand(&self) -> (usize, usize) {
+        (self.n_in_hand, self.bytes_in_hand)
+    }
+
+    /// Unsettled events that were read from the log.
+    pub(crate) fn n_unsettled(&self) -> usize {
+        self.slots.iter().filter(|slot| !matches!(slot.state, State::Settled)).count()
+    }
+
+    /// Whether more may be read: a bound on what waits while others pass.
+    pub(crate) fn may_read(&self, max_waiting_bytes: usize) -> bool {
+        self.slots.len() < MAX_SPAN && self.bytes_waiting < max_waiting_bytes
+    }
+
+    /// When something changes by itself: a delay or a lease ends.
+    pub(crate) fn wake_at(&self) -> Option<Instant> {
+        let due = self.due.first().and_then(|(due, _)| *due);
+        match (due, self.expiry) {
+            (Some(due), Some(expiry)) => Some(due.min(expiry)),
+            (due, expiry) => due.or(expiry),
+        }
+    }
+
+    /// Takes the next event of the log. Returns it if nothing holds it back.
+    pub(crate) fn read(&mut self, entry: Entry, until: Instant) -> Option<Handed> {
+        let offset = self.next();
+        let (attempt, due) = match entry.past {
+            Past::Settled => {
+                self.slots.push_back(Slot { state: State::Settled, attempt: FIRST, handout: 0, stored_at: entry.stored_at });
+                self.advance();
+                return None;
+            }
+            Past::Fresh => (FIRST, None),
+            Past::Waiting { attempt, due } => (attempt, due),
+        };
+        let waits = due.is_some() || self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key));
+        let state = State::Waiting { due, content: entry.content };
+        self.slots.push_back(Slot { state, attempt, handout: 0, stored_at: entry.stored_at });
+        if waits {
+            self.wait(offset);
+            return None;
+        }
+        self.hand(offset, until)
+    }
+
+    /// Returns the next waiting event that is due.
+    pub(crate) fn take_due(&mut self, now: Instant, until: Instant) -> Option<Handed> {
+        let (due, offset) = *self.due.first()?;
+        if due.is_some_and(|due| due > now) {
+            return None;
+        }
+        self.unwait(offset);
+        self.hand(offset, until)
+    }
+
+    /// Ends leases that are over; returns the bytes that are in hand no more and how many they were.
+    pub(crate) fn expire(&mut self, now: Instant) -> (usize, usize) {
+        if self.expiry.is_none_or(|expiry| expiry > now) {
+            return (0, 0);
+        }
+        let ended: Vec<u64> = self.offsets(|state| matches!(state, State::InHand { until, .. } if *until <= now));
+        let size = ended.iter().map(|offset| self.give_back(*offset, None)).sum();
+        self.expiry = self.slots.iter().filter_map(|slot| match slot.state {
+            State::InHand { until, .. } => Some(until),
+            _ => None,
+        }).min();
+        (ended.len(), size)
+    }
+
+    /// Gives back everything in hand, for the next owner. The deliveries count as attempts.
+    pub(crate) fn abandon(&mut self) {
+        for offset in self.offsets(|state| matches!(state, State::InHand { .. })) {
+            self.give_back(offset, None);
+        }
+        self.expiry = None;
+    }
+
+    pub(crate) fn settle(&mut self, offset: u64, handout: u16, how: Settle, now: Instant) -> Settling {
+        let Some(at) = offset.checked_sub(self.floor) else {
+            return Settling::Repeated;
+        };
+        let Some(slot) = self.slots.get_mut(at as usize) else {
+            return Settling::Lost;
+        };
+        if slot.handout != handout {
+            return Settling::Lost;
+        }
+        let State::InHand { content, .. } = &slot.state else {
+            return Settling::Repeated;
+        };
+        let size = content.size_bytes();
+        match how {
+            Settle::Ack | Settle::Reject => {
+                slot.state = State::Settled;
+                self.n_in_hand -= 1;
+                self.bytes_in_hand -= size;
+                self.advance();
+            }
+            Settle::Retry { after } => {
+                let due = after.and_then(|after| now.checked_add(after));
+                self.give_back(offset, due);
+                // The token stays good for a repeated settle: only an ended lease voids it.
+                if let Some(slot) = self.slots.get_mut(at as usize) {
+                    slot.handout = handout;
+                }
+            }
+        }
+        Settling::Done { size }
+    }
+
+    /// Moves the end of a lease; false if the token is void.
+    pub(crate) fn renew(&mut self, offset: u64, handout: u16, until: Instant) -> bool {
+        let Some(slot) = offset.checked_sub(self.floor).and_then(|at| self.slots.get_mut(at as usize)) else {
+            return false;
+        };
+        match &mut slot.state {
+            State::InHand { until: end, .. } if slot.handout == handout => {
+                *end = until;
+                self.expiry = Some(self.expiry.map_or(until, |expiry| expiry.min(until)));
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Skips to `first`, because the log begins there now; returns what was expected if that loses events.
+    pub(crate) fn jump(&mut self, first: u64) -> Option<u64> {
+        let expected = self.next();
+        if expected >= first {
+            return None;
+        }
+        if self.slots.is_empty() {
+            self.floor = first;
+        } else {
+            for _ in expected..first {
+                self.slots.push_back(Slot { state: State::Settled, attempt: FIRST, handout: 0, stored_at: SystemTime::UNIX_EPOCH });
+            }
+        }
+        Some(expected)
+    }
+
+    /// What the store must remember of one offset.
+    pub(crate) fn past(&self, offset: u64) -> Past {
+        match offset.checked_sub(self.floor).map(|at| self.slots.get(at as usize)) {
+            None => Past::Settled,
+            Some(None) => Past::Fresh,
+            Some(Some(slot)) => match &slot.state {
+                State::Settled => Past::Settled,
+                State::Waiting { due, .. } if slot.attempt > FIRST => Past::Waiting { attempt: slot.attempt, due: *due },
+                State::InHand { .. } if slot.attempt > FIRST => Past::Waiting { attempt: slot.attempt, due: None },
+                _ => Past::Fresh,
+            },
+        }
+    }
+
+    fn offsets(&self, wanted: impl Fn(&State) -> bool) -> Vec<u64> {
+        let floor = self.floor;
+        self.slots.iter().enumerate().filter(|(_, slot)| wanted(&slot.state)).map(|(at, _)| floor + at as u64).collect()
+    }
+
+    fn slot(&mut self, offset: u64) -> Option<&mut Slot> {
+        let at = offset.checked_sub(self.floor)?;
+        self.slots.get_mut(at as usize)
+    }
+
+    fn hand(&mut self, offset: u64, until: Instant) -> Option<Handed> {
+        let slot = self.slot(offset)?;
+        let State::Waiting { content, .. } = &slot.state else { return None };
+        let content = content.clone();
+        slot.state = State::InHand { until, content: content.clone() };
+        slot.handout = slot.handout.wrapping_add(1);
+        let handed = Handed { offset, handout: slot.handout, attempt: slot.attempt, until, stored_at: slot.stored_at, content };
+        self.n_in_hand += 1;
+        self.bytes_in_hand += handed.content.size_bytes();
+        self.expiry = Some(self.expiry.map_or(until, |expiry| expiry.min(until)));
+        Some(handed)
+    }
+
+    /// Turns an event in hand into a waiting one and voids its token; returns its size.
+    fn give_back(&mut self, offset: u64, due: Option<Instant>) -> usize {
+        let Some(slot) = self.slot(offset) else { return 0 };
+        let State::InHand { content, .. } = &slot.state else { return 0 };
+        let (content, size) = (content.clone(), content.size_bytes());
+        slot.state = State::Waiting { due, content };
+        slot.attempt = slot.attempt.saturating_add(1);
+        slot.handout = slot.handout.wrapping_add(1);
+        self.n_in_hand -= 1;
+        self.bytes_in_hand -= size;
+        self.wait(offset);
+        size
+    }
+
+    /// The events that hold each other back, as a key of `held`; `None` = this one stands alone.
+    #[expect(clippy::option_option, reason = "the inner option is the one queue of a total order")]
+    fn group_of(&self, content: &Content) -> Option<Option<Key>> {
+        match self.order {
+            Order::None => None,
+            Order::Total => Some(None),
+            Order::PerKey => content.envelope().and_then(|envelope| envelope.key()).map(|key| Some(key.clone())),
+        }
+    }
+
+    fn due_of(&self, offset: u64) -> Option<Instant> {
+        let at = offset.checked_sub(self.floor)?;
+        match self.slots.get(at as usize)?.state {
+            State::Waiting { due, .. } => due,
+            _ => None,
+        }
+    }
+
+    fn waiting(&self, offset: u64) -> Option<&Content> {
+        match &self.slots.get(offset.checked_sub(self.floor)? as usize)?.state {
+            State::Waiting { content, .. } => Some(content),
+            _ => None,
+        }
+    }
+
+    fn wait(&mut self, offset: u64) {
+        let Some(content) = self.waiting(offset) else { return };
+        let (group, size) = (self.group_of(content), content.size_bytes());
+        self.bytes_waiting += size;
+        let Some(group) = group else {
+            self.due.insert((self.due_of(offset), offset));
+            return;
+        };
+        let queue = self.held.entry(group).or_default();
+        let head = queue.first().copied();
+        queue.insert(offset);
+        if head.is_none_or(|head| offset < head) {
+            if let Some(head) = head {
+                self.due.remove(&(self.due_of(head), head));
+            }
+            self.due.insert((self.due_of(offset), offset));
+        }
+    }
+
+    fn unwait(&mut self, offset: u64) {
+        let Some(content) = self.waiting(offset) else { return };
+        let (group, size) = (self.group_of(content), content.size_bytes());
+        self.bytes_waiting -= size;
+        self.due.remove(&(self.due_of(offset), offset));
+        let Some(group) = group else { return };
+        let Some(queue) = self.held.get_mut(&group) else { return };
+        queue.remove(&offset);
+        match queue.first().copied() {
+            Some(head) => {
+                self.due.insert((self.due_of(head), head));
+            }
+            None => {
+                self.held.remove(&group);
+            }
+        }
+    }
+
+    fn advance(&mut self) {
+        while self.slots.front().is_some_and(|slot| matches!(slot.state, State::Settled)) {
+            self.slots.pop_front();
+            self.floor += 1;
+        }
+    }
+}
+
+/// A lease that ends at `now + lease`, or never if that is out of range.
+pub(crate) fn lease_end(now: Instant, lease: Duration) -> Instant {
+    now.checked_add(lease).unwrap_or(now + Duration::from_secs(365 * 24 * 3600))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Envelope;
+
+    fn entry(key: &'static str) -> Entry {
+        let content = Content::Envelope(Envelope::new("t", "/s").with_key(key).with_payload("x"));
+        Entry { content, stored_at: SystemTime::UNIX_EPOCH, past: Past::Fresh }
+    }
+
+    fn setup(order: Order, keys: &[&'static str]) -> (Cursor, Instant, Vec<Handed>) {
+        let (mut cursor, now) = (Cursor::new(order, 0), Instant::now());
+        let handed = keys.iter().filter_map(|key| cursor.read(entry(key), now + Duration::from_secs(1))).collect();
+        (cursor, now, handed)
+    }
+
+    #[test]
+    fn the_floor_passes_only_settled_events() {
+        let (mut cursor, now, handed) = setup(Order::PerKey, &["a", "b", "c"]);
+        for at in [2, 1] {
+            cursor.settle(handed[at].offset, handed[at].handout, Settle::Ack, now);
+            assert_eq!(cursor.floor(), 0);
+        }
+        cursor.settle(0, handed[0].handout, Settle::Ack, now);
+        assert_eq!((cursor.floor(), cursor.in_hand()), (3, (0, 0)));
+    }
+
+    #[test]
+    fn a_waiting_event_holds_back_its_key_only() {
+        let (mut cursor, now, handed) = setup(Order::PerKey, &["a"]);
+        let later = now + Duration::from_secs(5);
+        cursor.settle(0, handed[0].handout, Settle::Retry { after: Some(Duration::from_secs(5)) }, now);
+        assert!(cursor.read(entry("a"), later).is_none(), "the follower waits");
+        assert!(cursor.read(entry("b"), later).is_some(), "another key goes on");
+        assert!(cursor.take_due(now, later).is_none());
+        assert_eq!(cursor.wake_at(), Some(now + Duration::from_secs(1)), "the lease of b");
+        let out: Vec<_> = std::iter::from_fn(|| cursor.take_due(later, later)).map(|h| (h.offset, h.attempt.get())).collect();
+        assert_eq!(out, [(0, 2), (1, 1)]);
+        assert!(cursor.read(entry("a"), later).is_some(), "nothing is held any more");
+    }
+
+    #[test]
+    fn without_order_nothing_is_held_back() {
+        let (mut cursor, now, handed) = setup(Order::None, &["a"]);
+        cursor.settle(0, handed[0].handout, Settle::Retry { after: Some(Duration::from_secs(5)) }, now);
+        assert!(cursor.read(entry("a"), now).is_some());
+    }
+
+    #[test]
+    fn an_ended_lease_voids_the_token() {
+        let (mut cursor, now, handed) = setup(Order::PerKey, &["a", "a"]);
+        let later = now + Duration::from_secs(2);
+        assert_eq!(cursor.expire(now), (0, 0));
+        assert_eq!(cursor.expire(later).0, 2);
+        assert_eq!(cursor.settle(0, handed[0].handout, Settle::Ack, later), Settling::Lost);
+        let again = cursor.take_due(later, later).unwrap();
+        assert_eq!((again.offset, again.attempt.get()), (0, 2));
+        assert_eq!(cursor.settle(0, handed[0].handout, Settle::Ack, later), Settling::Lost);
+        assert!(matches!(cursor.settle(0, again.handout, Settle::Ack, later), Settling::Done { .. }));
+        assert_eq!(cursor.settle(0, again.handout, Settle::Ack, later), Settling::Repeated);
+    }
+
+    #[test]
+    fn a_repeated_retry_is_no_second_attempt() {
+        let (mut cursor, now, handed) = setup(Order::PerKey, &["a"]);
+        let retry = Settle::Retry { after: None };
+        assert!(matches!(cursor.settle(0, handed[0].handout, retry, now), Settling::Done { .. }));
+        assert_eq!(cursor.settle(0, handed[0].handout, retry, now), Settling::Repeated);
+        assert_eq!(cursor.take_due(now, now).unwrap().attempt.get(), 2);
+    }
+
+    #[test]
+    fn removed_history_is_reported_once() {
+        let (mut cursor, _, _) = setup(Order::PerKey, &["a"]);
+        assert_eq!(cursor.jump(1), None);
+        assert_eq!(cursor.jump(5), Some(1));
+        assert_eq!((cursor.jump(5), cursor.next(), cursor.floor()), (None, 5, 0));
+    }
+
+    #[test]
+    fn what_is_remembered_survives_an_owner() {
+        let (mut cursor, now, handed) = setup(Order::PerKey, &["a", "b", "c"]);
+        cursor.settle(1, handed[1].handout, Settle::Ack, now);
+        cursor.settle(0, handed[0].handout, Settle::Retry { after: None }, now);
+        assert_eq!(cursor.past(1), Past::Settled);
+        assert_eq!(cursor.past(2), Past::Fresh);
+        let two = NonZeroU32::new(2).unwrap();
+        assert_eq!(cursor.past(0), Past::Waiting { attempt: two, due: None });
+        let mut next = Cursor::new(Order::PerKey, cursor.floor());
+        let out: Vec<_> = (0..3)
+            .filter_map(|at| next.read(Entry { past: cursor.past(at), ..entry("k") }, now))
+            .map(|handed| (handed.offset, handed.attempt.get()))
+            .collect();
+        assert_eq!(out, [(0, 2), (2, 1)]);
+    }
+}

@@ -1,0 +1,339 @@
+//! One member's view: poll what its partitions have, settle, hand back.
+
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant as StdInstant};
+
+use async_trait::async_trait;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::group::{GroupState, Member, News};
+use super::topic::{GroupId, Inner, Log, TopicState};
+use crate::admin::Offset;
+use crate::capability::Ordering;
+use crate::error::{Error, ErrorKind, Result};
+use crate::partition::PartitionId;
+use crate::subscription::{Audience, Start, Subscription};
+use crate::transport::cursor::{Entry, Handed, Order, Past, Settling, lease_end};
+use crate::transport::{Consumer, Delivery, Polled, Settle, Settled, Token};
+
+pub(super) struct MemoryConsumer {
+    topic: Arc<TopicState>,
+    group: GroupId,
+    member: u64,
+    wake: Arc<Notify>,
+}
+
+impl MemoryConsumer {
+    pub(super) fn join(
+        topic: Arc<TopicState>,
+        member: u64,
+        subscription: &Subscription,
+        opened_from: Arc<AtomicBool>,
+    ) -> Result<Self> {
+        let wake = Arc::new(Notify::new());
+        let group = match &subscription.audience {
+            Audience::Group(group) => GroupId::Named(group.clone()),
+            Audience::Broadcast => GroupId::Broadcast(member),
+        };
+        let order = match subscription.ordering {
+            Ordering::None => Order::None,
+            Ordering::PerKey => Order::PerKey,
+            Ordering::PerTopic => Order::Total,
+        };
+        let now = Instant::now();
+        let mut inner = topic.lock();
+        if inner.deleted {
+            return Err(Error::not_found("the topic was deleted").with("topic", &topic.spec.topic));
+        }
+        let Inner { groups, logs, .. } = &mut *inner;
+        let state = groups.entry(group.clone()).or_insert_with(|| {
+            let floors = logs.iter().enumerate().map(|(at, log)| start_of(log, PartitionId(at as u32), &subscription.start));
+            GroupState::new(order, floors, matches!(subscription.audience, Audience::Broadcast))
+        });
+        state.members.insert(
+            member,
+            Member {
+                wake: wake.clone(),
+                news: Default::default(),
+                n_in_hand: 0,
+                bytes_in_hand: 0,
+                window: subscription.window,
+                window_bytes: subscription.window_bytes,
+                lease: subscription.lease,
+                revoke_within: subscription.revoke_within,
+                alive_until: lease_end(now, subscription.lease),
+                polls_waiting: 0,
+                opened_from,
+            },
+        );
+        state.rebalance(now);
+        drop(inner);
+        Ok(Self { topic, group, member, wake })
+    }
+
+    /// Runs `work` on the group and member, unless the member has left.
+    fn with<T>(&self, work: impl FnOnce(&mut GroupState, &mut Vec<Log>, Instant) -> T) -> Result<T> {
+        let mut inner = self.topic.lock();
+        let inner = &mut *inner;
+        match inner.groups.get_mut(&self.group) {
+            Some(group) if group.members.contains_key(&self.member) => Ok(work(group, &mut inner.logs, Instant::now())),
+            _ => Err(Error::closed("consumer")),
+        }
+    }
+
+    fn leave(&self) {
+        let mut inner = self.topic.lock();
+        if let Some(group) = inner.groups.get_mut(&self.group) {
+            group.leave(self.member, Instant::now());
+        }
+        self.topic.forget_ephemeral(&mut inner);
+    }
+
+    /// Returns what there is now, or when to look again.
+    fn look(&self, max: NonZeroUsize) -> Result<Looked> {
+        let mut inner = self.topic.lock();
+        let inner = &mut *inner;
+        let deleted = inner.deleted;
+        let Some(group) = inner.groups.get_mut(&self.group) else { return Ok(Looked::Found(Polled::Closed)) };
+        let now = Instant::now();
+        group.keep_time(now);
+        let Some(member) = group.members.get_mut(&self.member) else { return Ok(Looked::Found(Polled::Closed)) };
+        member.touch(now);
+        match member.news.pop_front() {
+            Some(News::Polled(polled)) => return Ok(Looked::Found(polled)),
+            Some(News::DataLoss { expected, first, partition }) => {
+                let kind = ErrorKind::DataLoss { expected: Offset(expected), first: Offset(first) };
+                return Err(Error::new(kind, "events were removed before this group read them")
+                    .with("topic", &self.topic.spec.topic)
+                    .with("partition", partition));
+            }
+            None if deleted => {
+                return Err(Error::not_found("the topic was deleted").with("topic", &self.topic.spec.topic));
+            }
+            None => {}
+        }
+        let deliveries = self.collect(group, &inner.logs, max.get(), now);
+        if !deliveries.is_empty() {
+            return Ok(Looked::Found(Polled::Deliveries(deliveries)));
+        }
+        if group.members.get(&self.member).is_some_and(|member| !member.news.is_empty()) {
+            return Ok(Looked::Again);
+        }
+        Ok(Looked::WaitUntil(group.wake_at()))
+    }
+
+    fn collect(&self, group: &mut GroupState, logs: &[Log], max: usize, now: Instant) -> Vec<Delivery> {
+        let Some(member) = group.members.get_mut(&self.member) else { return Vec::new() };
+        let until = lease_end(now, member.lease);
+        let room = member.window.get().saturating_sub(member.n_in_hand).min(max);
+        let mut deliveries = Vec::new();
+        for (at, share) in group.shares.iter_mut().enumerate() {
+            if share.owner != Some(self.member) || share.revoke_at.is_some() {
+                continue;
+            }
+            let Some(log) = logs.get(at) else { continue };
+            let partition = PartitionId(at as u32);
+            if let Some(expected) = share.cursor.jump(log.base) {
+                member.news.push_back(News::DataLoss { expected, first: log.base, partition });
+                continue;
+            }
+            while deliveries.len() < room {
+                // One event always goes out, however large; more only while the bytes have room.
+                if member.n_in_hand > 0 && member.bytes_in_hand >= member.window_bytes.get() {
+                    return deliveries;
+                }
+                let handed = match share.cursor.take_due(now, until) {
+                    Some(handed) => handed,
+                    None if !share.cursor.may_read(member.window_bytes.get()) => break,
+                    None => {
+                        let Some(stored) = log.get(share.cursor.next()) else { break };
+                        let entry = Entry { content: stored.content.clone(), stored_at: stored.stored_at, past: Past::Fresh };
+                        match share.cursor.read(entry, until) {
+                            Some(handed) => handed,
+                            None => continue,
+                        }
+                    }
+                };
+                member.n_in_hand += 1;
+                member.bytes_in_hand += handed.content.size_bytes();
+                if deliveries.is_empty() {
+                    deliveries.reserve(room.min(log.entries.len()).max(1));
+                }
+                deliveries.push(delivery(handed, partition, share.epoch));
+            }
+        }
+        deliveries
+    }
+}
+
+enum Looked {
+    Found(Polled),
+    Again,
+    WaitUntil(Option<Instant>),
+}
+
+fn start_of(log: &Log, partition: PartitionId, start: &Start) -> u64 {
+    match start {
+        Start::Latest => log.next(),
+        Start::Earliest => log.base,
+        Start::Offsets(offsets) => offsets.get(&partition).map_or(log.base, |offset| offset.0).clamp(log.base, log.next()),
+        Start::Time(time) => first_since(log, *time),
+    }
+}
+
+/// The first offset stored at or after a time; the end if there is none.
+pub(super) fn first_since(log: &Log, time: std::time::SystemTime) -> u64 {
+    log.base + log.entries.partition_point(|stored| stored.stored_at < time) as u64
+}
+
+fn delivery(handed: Handed, partition: PartitionId, epoch: u32) -> Delivery {
+    let token = Token::new(
+        u64::from(epoch) << 32 | u64::from(partition.0),
+        handed.offset << 16 | u64::from(handed.handout),
+    );
+    Delivery::new(token, partition, handed.content)
+        .with_offset(Offset(handed.offset))
+        .with_attempt(handed.attempt)
+        .with_lease_until(handed.until.into_std())
+        .with_stored_at(handed.stored_at)
+}
+
+/// The parts of a token: partition, epoch, offset, handout.
+fn parts(token: Token) -> (PartitionId, u32, u64, u16) {
+    (PartitionId(token.high() as u32), (token.high() >> 32) as u32, token.low() >> 16, token.low() as u16)
+}
+
+/// Counts a poll that waits, also when its future is dropped.
+struct Waiting<'a>(&'a MemoryConsumer);
+
+impl<'a> Waiting<'a> {
+    fn begin(consumer: &'a MemoryConsumer) -> Self {
+        drop(consumer.with(|group, _, _| {
+            if let Some(member) = group.members.get_mut(&consumer.member) {
+                member.polls_waiting += 1;
+            }
+        }));
+        Self(consumer)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        drop(self.0.with(|group, _, now| {
+            if let Some(member) = group.members.get_mut(&self.0.member) {
+                member.polls_waiting -= 1;
+                member.touch(now);
+            }
+        }));
+    }
+}
+
+#[async_trait]
+impl Consumer for MemoryConsumer {
+    async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
+        if let Looked::Found(polled) = self.look(max)? {
+            return Ok(polled);
+        }
+        let _waiting = Waiting::begin(self);
+        loop {
+            let wake_at = match self.look(max)? {
+                Looked::Found(polled) => return Ok(polled),
+                Looked::Again => continue,
+                Looked::WaitUntil(wake_at) => wake_at,
+            };
+            match wake_at {
+                Some(at) => drop(tokio::time::timeout_at(at, self.wake.notified()).await),
+                None => self.wake.notified().await,
+            }
+        }
+    }
+
+    async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
+        let mut settled = Settled::default();
+        let mut inner = self.topic.lock();
+        let inner = &mut *inner;
+        let Some(group) = inner.groups.get_mut(&self.group) else { return Err(Error::closed("consumer")) };
+        let Some(member) = group.members.get_mut(&self.member) else { return Err(Error::closed("consumer")) };
+        let now = Instant::now();
+        member.touch(now);
+        let mut moved: u64 = 0;
+        for (token, how) in outcomes {
+            let (partition, epoch, offset, handout) = parts(*token);
+            let share = group.shares.get_mut(partition.0 as usize);
+            match share {
+                Some(share) if share.owner == Some(self.member) && share.epoch == epoch => {
+                    match share.cursor.settle(offset, handout, *how, now) {
+                        Settling::Done { size } => {
+                            member.n_in_hand -= 1;
+                            member.bytes_in_hand -= size;
+                            moved |= 1 << (partition.0 % 64);
+                        }
+                        Settling::Repeated => {}
+                        Settling::Lost => settled.lost.push(*token),
+                    }
+                }
+                _ => settled.lost.push(*token),
+            }
+        }
+        if moved != 0 {
+            if member.polls_waiting > 0 {
+                member.wake.notify_one();
+            }
+            for at in (0..self.topic.spec.partitions.get()).filter(|at| moved >> (at % 64) & 1 == 1) {
+                self.topic.settled(inner, PartitionId(at));
+            }
+        }
+        Ok(settled)
+    }
+
+    async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
+        self.with(|group, _, now| group.release(self.member, partitions, now))
+    }
+
+    async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled> {
+        self.with(|group, _, now| {
+            let until = lease_end(now, lease);
+            if let Some(member) = group.members.get_mut(&self.member) {
+                member.alive_until = member.alive_until.max(until);
+            }
+            let mut settled = Settled::default();
+            for token in tokens {
+                let (partition, epoch, offset, handout) = parts(*token);
+                let renewed = group.shares.get_mut(partition.0 as usize).is_some_and(|share| {
+                    share.owner == Some(self.member)
+                        && share.epoch == epoch
+                        && share.cursor.renew(offset, handout, until)
+                });
+                if !renewed {
+                    settled.lost.push(*token);
+                }
+            }
+            settled
+        })
+    }
+
+    async fn close(&self, _deadline: StdInstant) -> Result<()> {
+        self.leave();
+        Ok(())
+    }
+}
+
+impl Drop for MemoryConsumer {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Debug for MemoryConsumer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryConsumer")
+            .field("topic", &self.topic.spec.topic)
+            .field("group", &self.group)
+            .field("member", &self.member)
+            .finish_non_exhaustive()
+    }
+}

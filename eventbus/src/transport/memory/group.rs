@@ -1,0 +1,186 @@
+//! A group in one topic: its members, and its cursor in each partition.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::partition::PartitionId;
+use crate::transport::cursor::{Cursor, Order, lease_end};
+use crate::transport::{Polled, assign};
+
+pub(super) struct GroupState {
+    pub(super) members: BTreeMap<u64, Member>,
+    pub(super) shares: Vec<Share>,
+    /// Forgotten with its last member: a broadcast instance.
+    pub(super) ephemeral: bool,
+}
+
+/// One partition as the group sees it.
+pub(super) struct Share {
+    pub(super) cursor: Cursor,
+    pub(super) owner: Option<u64>,
+    /// Counts the owners, so that a token of an earlier one is void.
+    pub(super) epoch: u32,
+    /// Set while the owner drains it for another member.
+    pub(super) revoke_at: Option<Instant>,
+}
+
+pub(super) struct Member {
+    pub(super) wake: Arc<Notify>,
+    pub(super) news: VecDeque<News>,
+    pub(super) n_in_hand: usize,
+    pub(super) bytes_in_hand: usize,
+    pub(super) window: NonZeroUsize,
+    pub(super) window_bytes: NonZeroUsize,
+    pub(super) lease: Duration,
+    pub(super) revoke_within: Duration,
+    /// A member that neither polls nor answers until then may lose its partitions to others.
+    pub(super) alive_until: Instant,
+    pub(super) polls_waiting: usize,
+    /// The transport value it was opened from.
+    pub(super) opened_from: Arc<AtomicBool>,
+}
+
+pub(super) enum News {
+    Polled(Polled),
+    DataLoss { expected: u64, first: u64, partition: PartitionId },
+}
+
+impl Member {
+    fn is_alive(&self, now: Instant) -> bool {
+        self.polls_waiting > 0 || self.alive_until > now
+    }
+
+    pub(super) fn touch(&mut self, now: Instant) {
+        self.alive_until = self.alive_until.max(lease_end(now, self.lease));
+    }
+
+    fn tell(&mut self, polled: Polled) {
+        self.news.push_back(News::Polled(polled));
+        self.wake.notify_one();
+    }
+}
+
+impl GroupState {
+    pub(super) fn new(order: Order, floors: impl Iterator<Item = u64>, ephemeral: bool) -> Self {
+        let share = |floor| Share { cursor: Cursor::new(order, floor), owner: None, epoch: 0, revoke_at: None };
+        Self { members: BTreeMap::new(), shares: floors.map(share).collect(), ephemeral }
+    }
+
+    /// Brings ownership in line with the members that live. Call after every change of members.
+    pub(super) fn rebalance(&mut self, now: Instant) {
+        let live: Vec<u64> = self.members.iter().filter(|(_, member)| member.is_alive(now)).map(|(id, _)| *id).collect();
+        let live = if live.is_empty() { self.members.keys().copied().collect() } else { live };
+        let targets = assign::targets(&live, self.shares.len() as u32);
+        let mut assigned: BTreeMap<u64, Vec<PartitionId>> = BTreeMap::new();
+        let mut revoked = assigned.clone();
+        let mut lost = assigned.clone();
+        for (at, (share, target)) in self.shares.iter_mut().zip(targets).enumerate() {
+            let Some(target) = live.get(target).copied() else { continue };
+            let partition = PartitionId(at as u32);
+            match share.owner {
+                Some(owner) if owner == target => share.revoke_at = None,
+                Some(owner) if live.contains(&owner) && share.revoke_at.is_none_or(|end| end > now) => {
+                    if share.revoke_at.is_none() {
+                        let budget = self.members.get(&owner).map_or(Duration::ZERO, |member| member.revoke_within);
+                        share.revoke_at = Some(lease_end(now, budget));
+                        revoked.entry(owner).or_default().push(partition);
+                    }
+                }
+                previous => {
+                    if let Some(owner) = previous {
+                        take_from(share, self.members.get_mut(&owner));
+                        lost.entry(owner).or_default().push(partition);
+                    }
+                    share.owner = Some(target);
+                    share.epoch = share.epoch.wrapping_add(1);
+                    share.revoke_at = None;
+                    assigned.entry(target).or_default().push(partition);
+                }
+            }
+        }
+        for (id, member) in &mut self.members {
+            if let Some(partitions) = lost.remove(id) {
+                member.tell(Polled::Lost(partitions));
+            }
+            if let Some(partitions) = revoked.remove(id) {
+                let deadline = lease_end(now, member.revoke_within).into_std();
+                member.tell(Polled::Revoking { partitions, deadline });
+            }
+            if let Some(partitions) = assigned.remove(id) {
+                member.tell(Polled::Assigned(partitions));
+            }
+        }
+    }
+
+    /// Takes back what timed out: leases of deliveries, partitions that were to be released, members
+    /// that went silent while others wait.
+    pub(super) fn keep_time(&mut self, now: Instant) {
+        let mut overdue = false;
+        for share in &mut self.shares {
+            let (n_ended, size) = share.cursor.expire(now);
+            if n_ended > 0 && let Some(owner) = share.owner.and_then(|id| self.members.get_mut(&id)) {
+                owner.n_in_hand -= n_ended;
+                owner.bytes_in_hand -= size;
+                owner.wake.notify_one();
+            }
+            overdue |= share.revoke_at.is_some_and(|end| end <= now);
+        }
+        overdue |= self.members.len() > 1
+            && self.shares.iter().any(|share| {
+                share.owner.and_then(|id| self.members.get(&id)).is_some_and(|owner| !owner.is_alive(now))
+            });
+        if overdue {
+            self.rebalance(now);
+        }
+    }
+
+    /// When [`keep_time`](Self::keep_time) has something to do next, for the partitions of all members.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        let shares = self.shares.iter().flat_map(|share| [share.cursor.wake_at(), share.revoke_at]).flatten();
+        let silent = self.members.values().filter(|member| self.members.len() > 1 && member.polls_waiting == 0);
+        shares.chain(silent.map(|member| member.alive_until)).min()
+    }
+
+    /// Hands partitions back; what is in hand of them goes to the next owner.
+    pub(super) fn release(&mut self, member: u64, partitions: &[PartitionId], now: Instant) {
+        for partition in partitions {
+            if let Some(share) = self.shares.get_mut(partition.0 as usize)
+                && share.owner == Some(member)
+            {
+                take_from(share, self.members.get_mut(&member));
+            }
+        }
+        self.rebalance(now);
+    }
+
+    pub(super) fn leave(&mut self, member: u64, now: Instant) {
+        for share in &mut self.shares {
+            if share.owner == Some(member) {
+                take_from(share, None);
+            }
+        }
+        if let Some(gone) = self.members.remove(&member) {
+            // A poll that waits must see that it is closed.
+            gone.wake.notify_one();
+            gone.wake.notify_waiters();
+        }
+        self.rebalance(now);
+    }
+}
+
+fn take_from(share: &mut Share, owner: Option<&mut Member>) {
+    if let Some(owner) = owner {
+        let (n_in_hand, bytes) = share.cursor.in_hand();
+        owner.n_in_hand -= n_in_hand;
+        owner.bytes_in_hand -= bytes;
+    }
+    share.cursor.abandon();
+    share.owner = None;
+    share.revoke_at = None;
+}
