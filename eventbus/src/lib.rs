@@ -68,4 +68,5 @@ pub use self::transport::{
 
 // The derives name this crate by its own path; tests inside it are users too.
 #[cfg(test)]
+#[expect(unused_extern_crates, reason = "used by the expansion of the derives")]
 extern crate self as eventbus;

@@ -111,9 +111,9 @@ pub struct Memory {
     closed: Arc<AtomicBool>,
 }
 
-pub(super) struct Broker {
-    pub(super) options: Options,
-    pub(super) topics: Mutex<HashMap<Topic, Arc<TopicState>>>,
+struct Broker {
+    options: Options,
+    topics: Mutex<HashMap<Topic, Arc<TopicState>>>,
     next_member: AtomicU64,
 }
 
@@ -172,7 +172,7 @@ impl Broker {
         Self { options, topics: Mutex::default(), next_member: AtomicU64::new(1) }
     }
 
-    pub(super) fn topic(&self, topic: &Topic) -> Arc<TopicState> {
+    fn topic(&self, topic: &Topic) -> Arc<TopicState> {
         let mut topics = self.topics.lock();
         if let Some(state) = topics.get(topic) {
             return state.clone();
@@ -183,7 +183,7 @@ impl Broker {
         state
     }
 
-    pub(super) fn existing(&self, topic: &Topic) -> Result<Arc<TopicState>> {
+    fn existing(&self, topic: &Topic) -> Result<Arc<TopicState>> {
         self.topics
             .lock()
             .get(topic)

@@ -1,0 +1,131 @@
+//! R1–R3: reading again.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use super::check::{Violation, ensure, ensure_eq};
+use super::cx::{Book, Checked, Cx, Setup, fails_as};
+use crate::admin::{Admin, Offset};
+use crate::capability::Replay;
+use crate::error::ErrorKind;
+use crate::subscription::Start;
+use crate::transport::Polled;
+
+/// A start that is not claimed must be refused; the administration if the case goes on.
+async fn claims<'a>(cx: &Cx, s: &'a Setup, replay: Replay) -> Checked<Option<&'a dyn Admin>> {
+    if s.capabilities.replay >= replay {
+        return match s.transport.admin() {
+            Some(admin) => Ok(Some(admin)),
+            None => Err(Violation::new("replay is claimed without an administration to read through")),
+        };
+    }
+    let start = if replay == Replay::Offset { Start::Earliest } else { Start::Time(SystemTime::now()) };
+    let subscription = cx.subscription(&s.transport, &s.topic, &cx.group("late")?).with_start(start);
+    fails_as("a start that is not claimed", s.transport.subscribe(&subscription).await.map(drop), &[ErrorKind::Unsupported])?;
+    Ok(None)
+}
+
+pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
+    let s = cx.setup().await?;
+    let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
+    let events: Vec<_> = cx.events(20, 1);
+    let before_first = SystemTime::now() - Duration::from_secs(3600);
+    let mut receipts = s.publish(&events[..10]).await?;
+    let pause = tokio::time::Instant::now() + Duration::from_millis(30);
+    tokio::time::timeout_at(pause, std::future::pending::<()>()).await.unwrap_or(());
+    receipts.extend(s.publish(&events[10..]).await?);
+    let partition = receipts[0].partition;
+    let offset = |at: usize| receipts[at].offset.ok_or_else(|| Violation::new("replay by offset without offsets in receipts"));
+    for from in [0, 1, 9, 19] {
+        let read = admin.read(&s.topic, partition, offset(from)?, 100).await?;
+        ensure_eq!(read.len(), 20 - from, "records from offset {}", offset(from)?);
+        for (record, sent) in read.iter().zip(&events[from..]) {
+            ensure_eq!(record.content.envelope(), Some(sent), "record at {}", record.offset);
+        }
+        let mut starts = BTreeMap::new();
+        starts.insert(partition, offset(from)?);
+        let subscription = cx.subscription(&s.transport, &s.topic, &cx.group(&format!("from{from}"))?).with_start(Start::Offsets(starts));
+        let mut member = cx.subscribe(&s.transport, &subscription).await?;
+        let mut book = Book::new(&events[from..]);
+        book.record_all(&member.take(20 - from).await?)?;
+        book.exactly_once()?;
+        book.in_order(true)?;
+    }
+    let end = Offset(offset(19)?.0 + 1);
+    ensure!(admin.read(&s.topic, partition, end, 10).await?.is_empty(), "records behind the end");
+    if s.capabilities.replay < Replay::OffsetAndTime {
+        return Ok(());
+    }
+    let stored: Vec<_> = admin.read(&s.topic, partition, offset(0)?, 100).await?;
+    ensure!(stored.is_sorted_by_key(|record| record.stored_at), "stored times descend");
+    let middle = stored[10].stored_at;
+    ensure!(stored[9].stored_at < middle, "the clock did not move: the case proved nothing");
+    let after_last = stored[19].stored_at + Duration::from_secs(3600);
+    let first_of = |time| stored.iter().find(|record| record.stored_at >= time).map_or(end, |record| record.offset);
+    for time in [before_first, stored[0].stored_at, middle, middle + Duration::from_nanos(1), stored[9].stored_at + Duration::from_micros(1), after_last] {
+        ensure_eq!(admin.offset_at(&s.topic, partition, time).await?, first_of(time), "first offset at or after a time");
+    }
+    let subscription = cx.subscription(&s.transport, &s.topic, &cx.group("since")?).with_start(Start::Time(middle));
+    let mut member = cx.subscribe(&s.transport, &subscription).await?;
+    let got = member.take(10).await?;
+    Book::new(&events[10..]).record_all(&got)?;
+    member.ack(&got).await?;
+    member.stays_quiet("events before the start time").await
+}
+
+pub(super) async fn replay_leaves_live_groups_alone(mut cx: Cx) -> Checked {
+    let mut s = cx.setup().await?;
+    let events = cx.events(30, 5);
+    s.publish(&events).await?;
+    let got = s.member.take(10).await?;
+    s.member.ack(&got).await?;
+    let mut book = Book::new(&events);
+    book.record_all(&got)?;
+    if let Some(admin) = claims(&cx, &s, Replay::Offset).await? {
+        let before = admin.groups(Some(&s.topic)).await?;
+        let info = admin.topic(&s.topic).await?.ok_or_else(|| Violation::new("the topic vanished"))?;
+        let mut n_read = 0;
+        for partition in &info.partitions {
+            n_read += admin.read(&s.topic, partition.partition, partition.first, 1_000).await?.len();
+        }
+        ensure_eq!(n_read, events.len(), "records read outside any group");
+        ensure_eq!(admin.groups(Some(&s.topic)).await?, before, "positions of live groups");
+    }
+    let rest = s.member.take(20).await?;
+    book.record_all(&rest)?;
+    s.member.ack(&rest).await?;
+    s.member.stays_quiet("after the rest").await?;
+    book.exactly_once()
+}
+
+pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {
+    let mut s = cx.setup().await?;
+    let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
+    let events = cx.events(20, 1);
+    let receipts = s.publish(&events).await?;
+    let (partition, Some(first)) = (receipts[0].partition, receipts[5].offset) else { return Err(Violation::new("no offsets")) };
+    let removed = admin.purge(&s.topic, partition, first).await?;
+    ensure_eq!(removed, 5, "events removed below {first}");
+    let below = receipts[2].offset.unwrap_or_default();
+    let read = admin.read(&s.topic, partition, below, 10).await;
+    let loss = ErrorKind::DataLoss { expected: below, first };
+    fails_as("reading removed history", read.map(|r| r.len()), &[loss])?;
+    let end = tokio::time::Instant::now() + cx.settings().idle;
+    let error = loop {
+        match tokio::time::timeout_at(end, s.member.consumer.poll(super::cx::some(100))).await {
+            Err(_) => return Err(Violation::new("removed history was skipped in silence: nothing came")),
+            Ok(Err(error)) => break error,
+            Ok(Ok(Polled::Deliveries(got))) => {
+                return Err(Violation::new(format!("removed history was skipped in silence: {} deliveries", got.len())));
+            }
+            Ok(Ok(_)) => {}
+        }
+    };
+    let expected = receipts[0].offset.unwrap_or_default();
+    ensure_eq!(error.kind(), ErrorKind::DataLoss { expected, first }, "the hole is named");
+    let mut book = Book::new(&events[5..]);
+    let rest = s.member.take(15).await?;
+    book.record_all(&rest)?;
+    s.member.ack(&rest).await?;
+    book.exactly_once()
+}

@@ -1,0 +1,214 @@
+//! What a transport's author gives the suite: how to connect, and what it may do to the store.
+
+use std::fmt;
+use std::future::Future;
+use std::num::NonZeroUsize;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::cases::Hook;
+use crate::error::Result;
+use crate::name::Topic;
+use crate::transport::{Transport, Undecodable};
+
+type Future_<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+type Connect = Arc<dyn Fn() -> Future_<Result<Arc<dyn Transport>>> + Send + Sync>;
+type Raw = Arc<dyn Fn(Topic, Undecodable) -> Future_<Result<()>> + Send + Sync>;
+type Switch = Arc<dyn Fn(bool) -> Future_<Result<()>> + Send + Sync>;
+type Restart = Arc<dyn Fn() -> Future_<Result<()>> + Send + Sync>;
+
+/// How much a run does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Size {
+    /// For every commit.
+    Short,
+    /// For the nightly run.
+    Full,
+}
+
+/// Times and sizes of a run.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Settings {
+    /// How much is done.
+    pub size: Size,
+    /// Longest wait for something that must happen.
+    pub idle: Duration,
+    /// How long nothing may arrive where nothing must.
+    pub quiet: Duration,
+    /// Lease asked for where a case waits for its end.
+    pub lease: Duration,
+    /// Where random choices come from.
+    pub seed: u64,
+}
+
+impl Default for Settings {
+    /// `CONFORMANCE_SEED` and `CONFORMANCE_SIZE=full` change a run.
+    fn default() -> Self {
+        let var = |name| std::env::var(name).ok();
+        Self {
+            size: if var("CONFORMANCE_SIZE").as_deref() == Some("full") { Size::Full } else { Size::Short },
+            idle: Duration::from_secs(15),
+            quiet: Duration::from_millis(300),
+            lease: Duration::from_millis(400),
+            seed: var("CONFORMANCE_SEED").and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..)),
+        }
+    }
+}
+
+/// A transport under test.
+#[derive(Clone)]
+pub struct Subject {
+    name: &'static str,
+    connect: Connect,
+    raw: Option<Raw>,
+    bound: Option<NonZeroUsize>,
+    cut: Option<Switch>,
+    fill: Option<Switch>,
+    restart: Option<Restart>,
+    settings: Settings,
+}
+
+impl Subject {
+    /// Names the subject and says how to open a fresh transport value on the same store.
+    pub fn new<F, Fut>(name: &'static str, connect: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Arc<dyn Transport>>> + Send + 'static,
+    {
+        Self {
+            name,
+            connect: Arc::new(move || Box::pin(connect())),
+            raw: None,
+            bound: None,
+            cut: None,
+            fill: None,
+            restart: None,
+            settings: Settings::default(),
+        }
+    }
+
+    /// Replaces times and sizes.
+    #[must_use]
+    pub fn with_settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// Offers [`Hook::Raw`]: puts a body and headers that are not an event into a topic.
+    #[must_use]
+    pub fn with_raw<F, Fut>(mut self, raw: F) -> Self
+    where
+        F: Fn(Topic, Undecodable) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.raw = Some(Arc::new(move |topic, content| Box::pin(raw(topic, content))));
+        self
+    }
+
+    /// Offers [`Hook::Bound`]: publishing to a topic waits when so many events are unsettled.
+    #[must_use]
+    pub fn with_bound(mut self, n_events: NonZeroUsize) -> Self {
+        self.bound = Some(n_events);
+        self
+    }
+
+    /// Offers [`Hook::Cut`]: while on, publishes arrive and their answers are lost.
+    #[must_use]
+    pub fn with_cut<F, Fut>(mut self, cut: F) -> Self
+    where
+        F: Fn(bool) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.cut = Some(Arc::new(move |on| Box::pin(cut(on))));
+        self
+    }
+
+    /// Offers [`Hook::Fill`]: while on, the store has no room.
+    #[must_use]
+    pub fn with_fill<F, Fut>(mut self, fill: F) -> Self
+    where
+        F: Fn(bool) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.fill = Some(Arc::new(move |on| Box::pin(fill(on))));
+        self
+    }
+
+    /// Offers [`Hook::Restart`]: ends everything that uses the store, as a crash does, and starts it again.
+    #[must_use]
+    pub fn with_restart<F, Fut>(mut self, restart: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.restart = Some(Arc::new(move || Box::pin(restart())));
+        self
+    }
+
+    /// Returns the name.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Returns times and sizes.
+    pub fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// Tells whether a hook is offered.
+    pub fn has(&self, hook: Hook) -> bool {
+        match hook {
+            Hook::Raw => self.raw.is_some(),
+            Hook::Bound => self.bound.is_some(),
+            Hook::Cut => self.cut.is_some(),
+            Hook::Fill => self.fill.is_some(),
+            Hook::Restart => self.restart.is_some(),
+            Hook::Kill | Hook::Power | Hook::Clock => false,
+        }
+    }
+
+    pub(super) async fn connect(&self) -> Result<Arc<dyn Transport>> {
+        (self.connect)().await
+    }
+
+    pub(super) fn bound(&self) -> usize {
+        self.bound.map_or(0, NonZeroUsize::get)
+    }
+
+    pub(super) async fn raw(&self, topic: &Topic, content: Undecodable) -> Result<()> {
+        match &self.raw {
+            Some(raw) => raw(topic.clone(), content).await,
+            None => Ok(()),
+        }
+    }
+
+    pub(super) async fn cut(&self, on: bool) -> Result<()> {
+        switch(&self.cut, on).await
+    }
+
+    pub(super) async fn fill(&self, on: bool) -> Result<()> {
+        switch(&self.fill, on).await
+    }
+
+    pub(super) async fn restart(&self) -> Result<()> {
+        match &self.restart {
+            Some(restart) => restart().await,
+            None => Ok(()),
+        }
+    }
+}
+
+async fn switch(hook: &Option<Switch>, on: bool) -> Result<()> {
+    match hook {
+        Some(hook) => hook(on).await,
+        None => Ok(()),
+    }
+}
+
+impl fmt::Debug for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subject").field("name", &self.name).field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
