@@ -136,7 +136,14 @@ pub struct GroupInfo {
 
 impl GroupInfo {
     /// Describes a group's position; `lag` is the number of events not settled.
-    pub fn new(group: Group, topic: Topic, partition: PartitionId, settled: Offset, end: Offset, lag: u64) -> Self {
+    pub fn new(
+        group: Group,
+        topic: Topic,
+        partition: PartitionId,
+        settled: Offset,
+        end: Offset,
+        lag: u64,
+    ) -> Self {
         Self { group, topic, partition, settled, end, lag, owner: None }
     }
 
@@ -223,7 +230,13 @@ pub trait Admin: Send + Sync {
     ///
     /// # Errors
     /// [`DataLoss`](crate::ErrorKind::DataLoss) if `from` is below the first kept offset.
-    async fn read(&self, topic: &Topic, partition: PartitionId, from: Offset, max: usize) -> Result<Vec<Record>>;
+    async fn read(
+        &self,
+        topic: &Topic,
+        partition: PartitionId,
+        from: Offset,
+        max: usize,
+    ) -> Result<Vec<Record>>;
 
     /// Waits until the topic has a record at or above one of the given positions, or `within` passed.
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()>;

@@ -46,10 +46,16 @@ fn unavailable(scheme: &str) -> Error {
     match SCHEMES.iter().find(|(known, ..)| *known == scheme) {
         Some((_, feature, _)) => Error::new(
             ErrorKind::Unsupported,
-            format!("this program was built without the transport {scheme}: enable the feature \"{feature}\" of eventbus"),
+            format!(
+                "this program was built without the transport {scheme}: enable the feature \"{feature}\" of eventbus"
+            ),
         ),
         None => {
-            let known: Vec<_> = SCHEMES.iter().filter(|(.., built)| *built).map(|(scheme, ..)| format!("{scheme}://")).collect();
+            let known: Vec<_> = SCHEMES
+                .iter()
+                .filter(|(.., built)| *built)
+                .map(|(scheme, ..)| format!("{scheme}://"))
+                .collect();
             Error::config(format!("unknown scheme {}", scheme.escape_debug())).with("known", known.join(", "))
         }
     }

@@ -280,23 +280,32 @@ impl Envelope {
         let inner = &*self.0;
         check_attribute("type", &inner.event_type, 1)?;
         check_attribute("source", &inner.source, 1)?;
-        for (what, text) in [("subject", &inner.subject), ("datacontenttype", &inner.content_type), ("dataschema", &inner.schema)] {
+        for (what, text) in [
+            ("subject", &inner.subject),
+            ("datacontenttype", &inner.content_type),
+            ("dataschema", &inner.schema),
+        ] {
             if let Some(text) = text {
                 check_attribute(what, text, 0)?;
             }
         }
         if inner.id.len() == 0 || inner.id.len() > MAX_ID_BYTES {
-            return Err(Error::invalid("event id is empty or too long").with("bytes", inner.id.len()).with("max_bytes", MAX_ID_BYTES));
+            return Err(Error::invalid("event id is empty or too long")
+                .with("bytes", inner.id.len())
+                .with("max_bytes", MAX_ID_BYTES));
         }
         if inner.key.as_ref().is_some_and(|key| key.as_bytes().len() > MAX_KEY_BYTES) {
             return Err(Error::new(ErrorKind::TooLarge, "key is too long").with("max_bytes", MAX_KEY_BYTES));
         }
         inner.extensions.check()?;
         for (name, _) in &inner.extensions {
-            let attribute = name.len() <= 20 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+            let attribute =
+                name.len() <= 20 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
             if !attribute && !name.starts_with("evt-") {
-                return Err(Error::invalid("extension name must be [a-z0-9], at most 20 characters, or start with 'evt-'")
-                    .with("name", name.escape_debug()));
+                return Err(Error::invalid(
+                    "extension name must be [a-z0-9], at most 20 characters, or start with 'evt-'",
+                )
+                .with("name", name.escape_debug()));
             }
         }
         inner.headers.check()?;
@@ -317,7 +326,8 @@ impl Envelope {
 
 fn check_attribute(what: &'static str, text: &str, min: usize) -> Result<()> {
     if text.len() < min || text.len() > MAX_ATTRIBUTE_BYTES {
-        return Err(Error::invalid(format!("{what} must have {min} to {MAX_ATTRIBUTE_BYTES} bytes")).with("bytes", text.len()));
+        return Err(Error::invalid(format!("{what} must have {min} to {MAX_ATTRIBUTE_BYTES} bytes"))
+            .with("bytes", text.len()));
     }
     if text.chars().any(char::is_control) {
         return Err(Error::invalid(format!("{what} holds a control character")));

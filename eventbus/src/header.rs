@@ -157,9 +157,9 @@ impl Headers {
 
 /// Tells whether a header name belongs to a broker or to the framework.
 pub fn is_reserved(name: &str) -> bool {
-    RESERVED_PREFIXES.iter().any(|prefix| {
-        name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
-    })
+    RESERVED_PREFIXES
+        .iter()
+        .any(|prefix| name.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix)))
 }
 
 fn put(block: &mut BytesMut, name: &str, value: &[u8]) {
@@ -207,7 +207,9 @@ impl<'a> IntoIterator for &'a Headers {
 
 impl fmt::Debug for Headers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.iter().map(|(name, value)| (name, Bytes::copy_from_slice(value)))).finish()
+        f.debug_list()
+            .entries(self.iter().map(|(name, value)| (name, Bytes::copy_from_slice(value))))
+            .finish()
     }
 }
 
@@ -219,7 +221,15 @@ mod tests {
     fn keeps_order_repeats_empty_and_binary() {
         let headers = Headers::new().with("a", "1").with("b", "").with("a", [0u8, 255]).with("A", "3");
         let read: Vec<_> = headers.iter().map(|(n, v)| (n.to_owned(), v.to_vec())).collect();
-        assert_eq!(read, [("a".into(), b"1".to_vec()), ("b".into(), vec![]), ("a".into(), vec![0, 255]), ("A".into(), b"3".to_vec())]);
+        assert_eq!(
+            read,
+            [
+                ("a".into(), b"1".to_vec()),
+                ("b".into(), vec![]),
+                ("a".into(), vec![0, 255]),
+                ("A".into(), b"3".to_vec())
+            ]
+        );
         assert_eq!(headers.all("a").count(), 3);
         assert_eq!(Headers::from_block(headers.as_block().clone()).unwrap(), headers);
         assert_eq!(headers.without(|name| name == "a").len(), 2);
@@ -241,7 +251,10 @@ mod tests {
         assert_eq!(many(MAX_HEADERS + 1).check().unwrap_err().kind(), ErrorKind::TooLarge);
         let fits = Headers::new().with("n", vec![7; MAX_HEADER_BYTES - 1]);
         assert!(fits.check().is_ok());
-        assert_eq!(Headers::new().with("n", vec![7; MAX_HEADER_BYTES]).check().unwrap_err().kind(), ErrorKind::TooLarge);
+        assert_eq!(
+            Headers::new().with("n", vec![7; MAX_HEADER_BYTES]).check().unwrap_err().kind(),
+            ErrorKind::TooLarge
+        );
         for name in ["", "a b", "a\n", "é", "a:b"] {
             assert_eq!(Headers::new().with(name, "v").check().unwrap_err().kind(), ErrorKind::Invalid);
         }

@@ -45,7 +45,9 @@ impl EventId {
     /// Takes an id as another program wrote it. Canonical UUID text becomes 16 bytes.
     pub fn parse(text: &str) -> Self {
         match Uuid::try_parse(text) {
-            Ok(uuid) if uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text => Self(Repr::Uuid(uuid)),
+            Ok(uuid) if uuid.hyphenated().encode_lower(&mut Uuid::encode_buffer()) == text => {
+                Self(Repr::Uuid(uuid))
+            }
             _ => Self(Repr::Text(text.into())),
         }
     }
@@ -141,7 +143,9 @@ mod tests {
 
     #[test]
     fn foreign_text_is_kept_as_it_came() {
-        for text in ["", "42", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", "a0eebc999c0b4ef8bb6d6bb9bd380a11", "é/1"] {
+        for text in
+            ["", "42", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", "a0eebc999c0b4ef8bb6d6bb9bd380a11", "é/1"]
+        {
             let id = EventId::parse(text);
             assert_eq!((id.to_string().as_str(), id.as_uuid()), (text, None));
         }

@@ -62,8 +62,8 @@ pub use self::partition::PartitionId;
 pub use self::subscription::{Audience, Start, Subscription};
 pub use self::text::Text;
 pub use self::transport::{
-    Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled, Token,
-    Transport, Undecodable,
+    Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled,
+    Token, Transport, Undecodable,
 };
 
 // The derives name this crate by its own path; tests inside it are users too.

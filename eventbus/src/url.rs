@@ -24,17 +24,23 @@ impl Url {
     /// [`Config`](crate::ErrorKind::Config) naming what is missing or malformed, without the text itself.
     pub fn parse(text: &str) -> Result<Self> {
         let (scheme, rest) = text.split_once("://").ok_or_else(|| {
-            Error::config("a transport's address looks like scheme://place, such as sqlite://shop.db or memory://")
+            Error::config(
+                "a transport's address looks like scheme://place, such as sqlite://shop.db or memory://",
+            )
         })?;
-        if scheme.is_empty() || !scheme.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.')) {
-            return Err(Error::config("the scheme of an address holds only letters, digits, '+', '-' and '.'"));
+        if scheme.is_empty()
+            || !scheme.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'))
+        {
+            return Err(Error::config(
+                "the scheme of an address holds only letters, digits, '+', '-' and '.'",
+            ));
         }
         let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
         let mut options = Vec::new();
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair
-                .split_once('=')
-                .ok_or_else(|| Error::config("an option of an address is written name=value").with("scheme", scheme))?;
+            let (name, value) = pair.split_once('=').ok_or_else(|| {
+                Error::config("an option of an address is written name=value").with("scheme", scheme)
+            })?;
             options.push((decode(name)?, decode(value)?));
         }
         Ok(Self { scheme: scheme.to_ascii_lowercase(), place: decode(place)?, options })
@@ -68,7 +74,8 @@ impl Url {
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) naming the option.
     pub fn duration(&self, name: &str, value: &str) -> Result<Duration> {
-        parse_duration(value).ok_or_else(|| self.bad_option(name, "is not a duration such as 250ms, 30s, 5m, 2h or 7d"))
+        parse_duration(value)
+            .ok_or_else(|| self.bad_option(name, "is not a duration such as 250ms, 30s, 5m, 2h or 7d"))
     }
 
     /// Reports a value that an option cannot take.
@@ -160,7 +167,8 @@ mod tests {
 
     #[test]
     fn secrets_are_never_shown() {
-        let url = Url::parse("kafka://me:canary@host:1?sasl.password=canary&acks=all&api_token=canary").unwrap();
+        let url =
+            Url::parse("kafka://me:canary@host:1?sasl.password=canary&acks=all&api_token=canary").unwrap();
         assert!(!format!("{url} {url:?}").contains("canary"));
         assert!(url.to_string().contains("acks=all") && url.to_string().contains("me:***@host:1"));
         for bad in ["canary", "://canary", "a b://canary", "x://y?canary", "x://%zzcanary"] {

@@ -1,10 +1,15 @@
 //! The transports under test, with the hooks they can offer.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use eventbus::conformance::Subject;
 use eventbus::transport::memory::{Memory, Options};
-use eventbus::{Content, PartitionId, Transport};
+use eventbus::transport::sqlite::{self, Sqlite};
+use eventbus::{Content, PartitionId, Transport, Undecodable};
+use eventbus::{Error, ErrorKind};
+use parking_lot::Mutex;
 
 /// Events a topic of the memory subject holds before publishing waits.
 const BOUND: usize = 6_000;
@@ -37,6 +42,61 @@ pub fn memory(strong: Strength) -> Subject {
         let memory = raw.clone();
         async move { memory.inject(&topic, PartitionId(0), Content::Undecodable(Box::new(content))) }
     })
+}
+
+/// The embedded durable transport on a file of its own; every connection is a writer of its own, as
+/// another process would be.
+pub fn sqlite(partitions: u32) -> Subject {
+    let folder = Arc::new(tempfile::tempdir());
+    let path =
+        folder.as_ref().as_ref().map_or_else(|_| PathBuf::new(), |folder| folder.path().join("bus.db"));
+    let opened: Arc<Mutex<Vec<Sqlite>>> = Arc::default();
+    let (raw_path, filled, restarted) = (path.clone(), opened.clone(), opened.clone());
+    Subject::new("sqlite", move || {
+        let (path, opened, folder) = (path.clone(), opened.clone(), folder.clone());
+        async move {
+            let mut options = sqlite::Options::default();
+            options.partitions = partitions;
+            options.session = Duration::from_secs(2);
+            let sqlite = Sqlite::open_path(&path, options).await?;
+            opened.lock().push(sqlite.clone());
+            drop(folder);
+            Ok(Arc::new(sqlite) as Arc<dyn Transport>)
+        }
+    })
+    .with_raw(move |topic, content| {
+        let inserted = insert_garbage(&raw_path, topic.as_str(), &content);
+        async move { inserted.map_err(|error| Error::new(ErrorKind::Unexpected, "raw insert").caused_by(error)) }
+    })
+    .with_fill(move |on| {
+        let opened = filled.lock().clone();
+        async move { opened.iter().try_for_each(|sqlite| sqlite.set_max_file_bytes(on.then_some(1))) }
+    })
+    .with_restart(move || {
+        let opened = std::mem::take(&mut *restarted.lock());
+        async move {
+            for sqlite in opened {
+                sqlite.close().await?;
+            }
+            Ok(())
+        }
+    })
+}
+
+/// Writes a row that no version of ours would write.
+fn insert_garbage(path: &Path, topic: &str, content: &Undecodable) -> rusqlite::Result<()> {
+    let file = rusqlite::Connection::open(path)?;
+    file.busy_timeout(Duration::from_secs(5))?;
+    let id: i64 =
+        file.query_row("SELECT id FROM eventbus_topic WHERE name = ?1", [topic], |row| row.get(0))?;
+    file.execute_batch("BEGIN IMMEDIATE")?;
+    let sql =
+        "UPDATE eventbus_partition SET next = next + 1 WHERE topic = ?1 AND partition = 0 RETURNING next - 1";
+    let offset: i64 = file.query_row(sql, [id], |row| row.get(0))?;
+    let headers = content.headers.as_block().to_vec();
+    let sql = "INSERT INTO eventbus_event (position, stored_at, source, version, headers, payload) VALUES (?1, 0, 's', -7, ?2, ?3)";
+    file.execute(sql, rusqlite::params![id << 48 | offset, headers, content.raw.as_deref()])?;
+    file.execute_batch("COMMIT")
 }
 
 /// Which of its options a transport runs with.

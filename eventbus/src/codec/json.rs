@@ -29,7 +29,9 @@ impl<T: Serialize + DeserializeOwned> Codec<T> for Json {
                 serde_json::error::Category::Data => "JSON of another shape",
                 serde_json::error::Category::Eof => "JSON cut short",
             };
-            Error::new(ErrorKind::Undecodable, category).with("line", error.line()).with("column", error.column())
+            Error::new(ErrorKind::Undecodable, category)
+                .with("line", error.line())
+                .with("column", error.column())
         })
     }
 }

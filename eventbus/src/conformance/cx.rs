@@ -71,17 +71,31 @@ impl Cx {
     }
 
     /// The subscription of most cases: the strongest order the transport claims, short times.
-    pub(super) fn subscription(&self, transport: &Arc<dyn Transport>, topic: &Topic, group: &Group) -> Subscription {
+    pub(super) fn subscription(
+        &self,
+        transport: &Arc<dyn Transport>,
+        topic: &Topic,
+        group: &Group,
+    ) -> Subscription {
         Subscription::group(topic.clone(), group.clone())
             .with_ordering(transport.capabilities().ordering)
             .with_revoke_within(Duration::from_secs(5))
     }
 
-    pub(super) async fn join(&self, transport: &Arc<dyn Transport>, topic: &Topic, group: &Group) -> Checked<Member> {
+    pub(super) async fn join(
+        &self,
+        transport: &Arc<dyn Transport>,
+        topic: &Topic,
+        group: &Group,
+    ) -> Checked<Member> {
         self.subscribe(transport, &self.subscription(transport, topic, group)).await
     }
 
-    pub(super) async fn subscribe(&self, transport: &Arc<dyn Transport>, subscription: &Subscription) -> Checked<Member> {
+    pub(super) async fn subscribe(
+        &self,
+        transport: &Arc<dyn Transport>,
+        subscription: &Subscription,
+    ) -> Checked<Member> {
         let consumer = self.within("subscribe", transport.subscribe(subscription)).await??;
         Ok(Member {
             consumer,
@@ -141,7 +155,11 @@ impl Setup {
 }
 
 /// Publishes one batch and waits until all of it is confirmed.
-pub(super) async fn publish(publisher: &Arc<dyn Publisher>, topic: &Topic, events: &[Envelope]) -> Checked<Vec<Receipt>> {
+pub(super) async fn publish(
+    publisher: &Arc<dyn Publisher>,
+    topic: &Topic,
+    events: &[Envelope],
+) -> Checked<Vec<Receipt>> {
     let receipts = publisher.enqueue(topic, events.to_vec()).await?.await;
     ensure_eq!(receipts.len(), events.len(), "one outcome for each event of the batch");
     Ok(receipts.all()?)
@@ -162,7 +180,11 @@ pub(super) struct Member {
 
 impl Member {
     /// Polls until there are deliveries; `None` after `within` without any.
-    pub(super) async fn poll_within(&mut self, max: usize, within: Duration) -> Checked<Option<Vec<Delivery>>> {
+    pub(super) async fn poll_within(
+        &mut self,
+        max: usize,
+        within: Duration,
+    ) -> Checked<Option<Vec<Delivery>>> {
         let end = Instant::now() + within;
         loop {
             let polled = match tokio::time::timeout_at(end, self.consumer.poll(some(max))).await {
@@ -204,7 +226,10 @@ impl Member {
     pub(super) async fn take(&mut self, n: usize) -> Checked<Vec<Delivery>> {
         let mut taken = Vec::with_capacity(n);
         while taken.len() < n {
-            let got = self.poll(n - taken.len()).await.map_err(|v| Violation::new(format!("{v}; had {} of {n}", taken.len())))?;
+            let got = self
+                .poll(n - taken.len())
+                .await
+                .map_err(|v| Violation::new(format!("{v}; had {} of {n}", taken.len())))?;
             taken.extend(got);
         }
         Ok(taken)
@@ -230,7 +255,8 @@ impl Member {
 
     /// Releases partitions that are to move, once nothing of them is in hand.
     async fn hand_back(&mut self) -> Checked {
-        let ready: Vec<_> = self.leaving.iter().copied().filter(|p| !self.held.values().any(|held| held == p)).collect();
+        let ready: Vec<_> =
+            self.leaving.iter().copied().filter(|p| !self.held.values().any(|held| held == p)).collect();
         if !ready.is_empty() {
             self.consumer.release(&ready).await?;
             self.leaving.retain(|leaving| !ready.contains(leaving));
@@ -243,7 +269,11 @@ impl Member {
         let quiet = self.settings.quiet;
         match self.poll_within(16, quiet).await? {
             None => Ok(()),
-            Some(got) => Err(Violation::new(format!("{what}: {} unexpected deliveries, first {:?}", got.len(), got.first()))),
+            Some(got) => Err(Violation::new(format!(
+                "{what}: {} unexpected deliveries, first {:?}",
+                got.len(),
+                got.first()
+            ))),
         }
     }
 
@@ -306,8 +336,15 @@ impl Book {
     }
 
     pub(super) fn complete(&self) -> Checked {
-        let missing: Vec<_> = self.copies.iter().enumerate().filter(|(_, n)| **n == 0).map(|(at, _)| at).collect();
-        ensure!(missing.is_empty(), "{} of {} events never arrived, first index {:?}", missing.len(), self.sent.len(), missing.first());
+        let missing: Vec<_> =
+            self.copies.iter().enumerate().filter(|(_, n)| **n == 0).map(|(at, _)| at).collect();
+        ensure!(
+            missing.is_empty(),
+            "{} of {} events never arrived, first index {:?}",
+            missing.len(),
+            self.sent.len(),
+            missing.first()
+        );
         Ok(())
     }
 
@@ -379,7 +416,11 @@ pub(super) fn partitions(deliveries: &[Delivery]) -> HashSet<PartitionId> {
 }
 
 /// Checks the kind of an error that must be there.
-pub(super) fn fails_as<T: std::fmt::Debug>(what: &str, result: Result<T>, kinds: &[ErrorKind]) -> Checked<Error> {
+pub(super) fn fails_as<T: std::fmt::Debug>(
+    what: &str,
+    result: Result<T>,
+    kinds: &[ErrorKind],
+) -> Checked<Error> {
     match result {
         Ok(value) => Err(Violation::new(format!("{what} succeeded: {value:?}"))),
         Err(error) if kinds.contains(&error.kind()) => Ok(error),

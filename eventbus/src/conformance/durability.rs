@@ -14,7 +14,9 @@ pub(super) async fn confirmed_survives_restart(mut cx: Cx) -> Checked {
     let fresh = cx.connect().await?;
     let mut member = cx.join(&fresh, &s.topic, &s.group).await?;
     if s.capabilities.durability < Durability::Broker {
-        return member.stays_quiet("a volatile transport kept events over a restart: it claims too little").await;
+        return member
+            .stays_quiet("a volatile transport kept events over a restart: it claims too little")
+            .await;
     }
     let mut book = Book::new(&events);
     while book.n_seen() < events.len() {
@@ -99,7 +101,10 @@ pub(super) async fn second_owner_is_refused_or_shares(mut cx: Cx) -> Checked {
     let events = cx.events(60, 20);
     let second = match cx.subject.connect().await {
         Err(error) if s.capabilities.instances == Instances::One => {
-            ensure!(matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Unavailable), "a second owner: {error}");
+            ensure!(
+                matches!(error.kind(), ErrorKind::Conflict | ErrorKind::Unavailable),
+                "a second owner: {error}"
+            );
             s.publish(&events).await?;
             return Book::new(&events).record_all(&s.member.take(60).await?);
         }

@@ -40,12 +40,16 @@ pub(super) async fn members_share_the_work(mut cx: Cx) -> Checked {
     publish(&s.publisher, &s.topic, &events).await?;
     let mut book = Book::new(&events);
     let mut busy = HashSet::new();
-    run_members(&cx, &mut members, &mut book, |at, _| { busy.insert(at); }).await?;
+    run_members(&cx, &mut members, &mut book, |at, _| {
+        busy.insert(at);
+    })
+    .await?;
     for member in &mut members {
         member.stays_quiet("an event at a second member").await?;
     }
     book.exactly_once()?;
-    let may_share = s.capabilities.ordering == Ordering::None || s.capabilities.order_members == Members::Many;
+    let may_share =
+        s.capabilities.ordering == Ordering::None || s.capabilities.order_members == Members::Many;
     ensure!(busy.len() >= 2 || !may_share, "only {} member was busy", busy.len());
     Ok(())
 }
@@ -111,7 +115,8 @@ pub(super) async fn leaver_hands_over_unsettled(mut cx: Cx) -> Checked {
     s.member.ack(settled).await?;
     let mut peer = cx.join(&s.transport, &s.topic, &s.group).await?;
     s.member.close().await?;
-    let expected: Vec<_> = unsettled.iter().filter_map(|delivery| delivery.content.envelope().cloned()).collect();
+    let expected: Vec<_> =
+        unsettled.iter().filter_map(|delivery| delivery.content.envelope().cloned()).collect();
     let mut book = Book::new(&expected);
     let again = peer.take(10).await?;
     book.record_all(&again)?;
@@ -218,7 +223,12 @@ pub(super) async fn missing_topic_is_typed(mut cx: Cx) -> Checked {
     Ok(())
 }
 
-async fn refused(cx: &Cx, transport: &std::sync::Arc<dyn Transport>, what: &str, subscription: &Subscription) -> Checked {
+async fn refused(
+    cx: &Cx,
+    transport: &std::sync::Arc<dyn Transport>,
+    what: &str,
+    subscription: &Subscription,
+) -> Checked {
     let result = cx.within("a refusal", transport.subscribe(subscription)).await?;
     fails_as(what, result.map(drop), &[ErrorKind::Unsupported]).map(drop)
 }
@@ -234,10 +244,12 @@ pub(super) async fn unsupported_is_refused_at_subscribe(cx: Cx) -> Checked {
     }
     if claims.replay < Replay::Offset {
         refused(&cx, &s.transport, "start at earliest", &plain().with_start(Start::Earliest)).await?;
-        refused(&cx, &s.transport, "start at offsets", &plain().with_start(Start::Offsets([].into()))).await?;
+        refused(&cx, &s.transport, "start at offsets", &plain().with_start(Start::Offsets([].into())))
+            .await?;
     }
     if claims.replay < Replay::OffsetAndTime {
-        refused(&cx, &s.transport, "start at a time", &plain().with_start(Start::Time(SystemTime::now()))).await?;
+        refused(&cx, &s.transport, "start at a time", &plain().with_start(Start::Time(SystemTime::now())))
+            .await?;
     }
     if !claims.delay {
         refused(&cx, &s.transport, "delayed retry", &plain().with_delayed_retry()).await?;

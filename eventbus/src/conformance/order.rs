@@ -18,7 +18,11 @@ async fn claims(cx: &Cx, order: Ordering) -> Checked<bool> {
         return Ok(true);
     }
     let subscription = cx.subscription(&transport, &cx.topic("t")?, &cx.group("g")?).with_ordering(order);
-    fails_as("an order that is not claimed", transport.subscribe(&subscription).await.map(drop), &[ErrorKind::Unsupported])?;
+    fails_as(
+        "an order that is not claimed",
+        transport.subscribe(&subscription).await.map(drop),
+        &[ErrorKind::Unsupported],
+    )?;
     Ok(false)
 }
 
@@ -38,8 +42,14 @@ pub(super) async fn per_key_order(mut cx: Cx) -> Checked {
         publish(&s.publisher, &s.topic, part).await?;
     }
     let mut used = HashSet::new();
-    run_members(&cx, &mut members, &mut book, |_, delivery| { used.insert(delivery.partition); }).await?;
-    ensure!(used.len() > 1 || s.capabilities.ordering == Ordering::PerTopic, "all keys fell into one partition: nothing was proven");
+    run_members(&cx, &mut members, &mut book, |_, delivery| {
+        used.insert(delivery.partition);
+    })
+    .await?;
+    ensure!(
+        used.len() > 1 || s.capabilities.ordering == Ordering::PerTopic,
+        "all keys fell into one partition: nothing was proven"
+    );
     book.in_order(false)?;
     book.exactly_once()
 }
@@ -69,7 +79,12 @@ pub(super) async fn retry_comes_before_later_events_of_its_key(mut cx: Cx) -> Ch
     let (topic, group) = (cx.topic("retry")?, cx.group("retry")?);
     let subscription = cx.subscription(&s.transport, &topic, &group).with_ordering(Ordering::PerKey);
     let mut member = cx.subscribe(&s.transport, &subscription).await?;
-    let events: Vec<_> = cx.events(12, 1).into_iter().enumerate().map(|(at, event)| event.with_key(if at % 4 == 3 { "other" } else { "key" })).collect();
+    let events: Vec<_> = cx
+        .events(12, 1)
+        .into_iter()
+        .enumerate()
+        .map(|(at, event)| event.with_key(if at % 4 == 3 { "other" } else { "key" }))
+        .collect();
     publish(&s.publisher, &topic, &events).await?;
     // One event of the failing key at a time, so that its followers are not handed out yet.
     let mut order = Vec::new();
@@ -92,7 +107,10 @@ pub(super) async fn retry_comes_before_later_events_of_its_key(mut cx: Cx) -> Ch
     ensure!(failed.is_some(), "nothing failed: the case proved nothing");
     for key in [true, false] {
         let of_key: Vec<_> = order.iter().filter(|at| (*at % 4 == 3) == key).collect();
-        ensure!(of_key.is_sorted(), "event {failed:?} was retried and handled after later events of its key: {order:?}");
+        ensure!(
+            of_key.is_sorted(),
+            "event {failed:?} was retried and handled after later events of its key: {order:?}"
+        );
     }
     // With a delay, other keys go on in the meantime.
     if s.capabilities.delay {
@@ -113,7 +131,10 @@ pub(super) async fn retry_comes_before_later_events_of_its_key(mut cx: Cx) -> Ch
                 continue;
             }
             if at % 4 == 3 && s.capabilities.ordering == Ordering::PerKey {
-                ensure!(failed_at.is_none_or(|failed| failed.elapsed() < delay), "another key waited for the delayed one");
+                ensure!(
+                    failed_at.is_none_or(|failed| failed.elapsed() < delay),
+                    "another key waited for the delayed one"
+                );
             }
             order.push(at);
             member.ack(&got).await?;
@@ -196,7 +217,11 @@ pub(super) async fn a_key_has_one_owner(mut cx: Cx) -> Checked {
     let mut book = Book::new(later);
     let mut members = [s.member, peer];
     run_members(&cx, &mut members, &mut book, |_, _| {}).await?;
-    ensure!(started.elapsed() < cx.settings().idle, "the next events of the keys came only after {:?}", started.elapsed());
+    ensure!(
+        started.elapsed() < cx.settings().idle,
+        "the next events of the keys came only after {:?}",
+        started.elapsed()
+    );
     book.in_order(false)
 }
 
@@ -214,7 +239,10 @@ pub(super) async fn order_member_limit_is_true(mut cx: Cx) -> Checked {
     publish(&s.publisher, &s.topic, &events[..100]).await?;
     let mut book = Book::new(&events[..100]);
     let mut busy = HashSet::new();
-    run_members(&cx, &mut members, &mut book, |at, _| { busy.insert(at); }).await?;
+    run_members(&cx, &mut members, &mut book, |at, _| {
+        busy.insert(at);
+    })
+    .await?;
     if claims_many {
         ensure_eq!(busy.len(), 2, "members that were busy");
     } else {
@@ -243,7 +271,11 @@ pub(super) async fn same_key_same_partition(mut cx: Cx) -> Checked {
         for (event, receipt) in events.iter().zip(receipts) {
             let key = event.key().cloned().ok_or_else(|| Violation::new("the suite lost a key"))?;
             let before = place.insert(key.clone(), receipt.partition);
-            ensure!(before.is_none_or(|before| before == receipt.partition), "key {key} moved from {before:?} to {}", receipt.partition);
+            ensure!(
+                before.is_none_or(|before| before == receipt.partition),
+                "key {key} moved from {before:?} to {}",
+                receipt.partition
+            );
         }
     }
     if let Some(admin) = s.transport.admin() {
@@ -252,7 +284,11 @@ pub(super) async fn same_key_same_partition(mut cx: Cx) -> Checked {
         }
         let n = admin.topic(&s.topic).await?.map_or(1, |info| info.partitions.len() as u32);
         for (key, partition) in &place {
-            ensure_eq!(crate::partition::of_key(key, n), *partition, "murmur2 partition of key {key} among {n}");
+            ensure_eq!(
+                crate::partition::of_key(key, n),
+                *partition,
+                "murmur2 partition of key {key} among {n}"
+            );
         }
     }
     Ok(())

@@ -34,15 +34,22 @@ pub(super) async fn reads_back_every_byte(mut cx: Cx) -> Checked {
 
 pub(super) async fn keeps_headers_exactly(cx: Cx) -> Checked {
     let mut s = cx.setup().await?;
-    let many = (0..MAX_HEADERS).fold(Headers::new(), |headers, at| headers.with(format!("h{at}"), format!("{at}")));
+    let many =
+        (0..MAX_HEADERS).fold(Headers::new(), |headers, at| headers.with(format!("h{at}"), format!("{at}")));
     let tricky = Headers::new()
-        .with("same", "1").with("Same", "2").with("same", "").with("same", "1")
+        .with("same", "1")
+        .with("Same", "2")
+        .with("same", "")
+        .with("same", "1")
         .with("binary", (0..=255u8).collect::<Vec<_>>())
         .with("text", "zażółć 漢字 🦀")
         .with("x", "=:;,\r\n\0");
     let one = Headers::new().with("one", "1");
     let sets = [Headers::new(), one, many.clone(), tricky];
-    let events: Vec<_> = sets.iter().map(|headers| Envelope::new("h", "/c").with_key("k").with_headers(headers.clone())).collect();
+    let events: Vec<_> = sets
+        .iter()
+        .map(|headers| Envelope::new("h", "/c").with_key("k").with_headers(headers.clone()))
+        .collect();
     s.publish(&events).await?;
     let got = s.member.take(events.len()).await?;
     Book::new(&events).record_all(&got)?;
@@ -90,7 +97,11 @@ pub(super) async fn refuses_oversize_before_io(mut cx: Cx) -> Checked {
         }
         None => {
             let big = base.with_payload(vec![7; 16 << 20]);
-            let outcome = cx.within("16 MiB", async { Ok(s.publisher.enqueue(&s.topic, vec![big]).await?.await.single()) }).await?;
+            let outcome = cx
+                .within("16 MiB", async {
+                    Ok(s.publisher.enqueue(&s.topic, vec![big]).await?.await.single())
+                })
+                .await?;
             if outcome.map_err(|error: crate::Error| Violation::from(error))?.is_ok() {
                 let got = s.member.take(1).await?;
                 s.member.ack(&got).await?;
@@ -171,7 +182,11 @@ pub(super) async fn receipts_match_call_order(mut cx: Cx) -> Checked {
         for delivery in &got {
             let at = book.record(delivery)?;
             if let (Some(offset), false) = (delivery.offset, places.is_empty()) {
-                ensure_eq!(places.get(&(delivery.partition, offset)), Some(&at), "the receipt of event {at} names another place");
+                ensure_eq!(
+                    places.get(&(delivery.partition, offset)),
+                    Some(&at),
+                    "the receipt of event {at} names another place"
+                );
             }
         }
         seen += got.len();
@@ -286,7 +301,8 @@ pub(super) async fn unroutable_is_an_error(mut cx: Cx) -> Checked {
     let (mut failed, mut stored) = (0, 0);
     for (unroutable, confirm) in confirms {
         match (unroutable, confirm.await.single()) {
-            (false, outcome) => drop(outcome.map_err(|error| Violation::new(format!("a routable event failed: {error}")))?),
+            (false, Ok(_)) => {}
+            (false, Err(error)) => return Err(Violation::new(format!("a routable event failed: {error}"))),
             (true, Ok(_)) => stored += 1,
             (true, Err(error)) => {
                 ensure_eq!(error.kind(), ErrorKind::NotFound, "unroutable");
@@ -294,12 +310,19 @@ pub(super) async fn unroutable_is_an_error(mut cx: Cx) -> Checked {
             }
         }
     }
-    ensure!(failed == n_unroutable || stored == n_unroutable, "{failed} of {n_unroutable} unroutable events failed");
+    ensure!(
+        failed == n_unroutable || stored == n_unroutable,
+        "{failed} of {n_unroutable} unroutable events failed"
+    );
     if stored > 0 {
         // Topics are created on use: then the topic exists and stored what it confirmed.
-        let Some(admin) = s.transport.admin() else { return Err(Violation::new("a confirmed topic cannot be looked at")) };
+        let Some(admin) = s.transport.admin() else {
+            return Err(Violation::new("a confirmed topic cannot be looked at"));
+        };
         let info = admin.topic(&missing).await?;
-        let info = info.ok_or_else(|| Violation::new("events to a missing topic were confirmed and it does not exist"))?;
+        let info = info.ok_or_else(|| {
+            Violation::new("events to a missing topic were confirmed and it does not exist")
+        })?;
         let end: u64 = info.partitions.iter().map(|partition| partition.next.0).sum();
         ensure_eq!(end, stored as u64, "events stored in the created topic");
     }
@@ -312,7 +335,8 @@ pub(super) async fn concurrent_publishers_lose_nothing(mut cx: Cx) -> Checked {
     let mut tasks = Vec::new();
     let mut all = Vec::new();
     for number in 0..n_publishers {
-        let events: Vec<_> = cx.events(each, 1).into_iter().map(|event| event.with_key(format!("p{number}"))).collect();
+        let events: Vec<_> =
+            cx.events(each, 1).into_iter().map(|event| event.with_key(format!("p{number}"))).collect();
         let publisher = s.transport.publisher().await?;
         let topic = s.topic.clone();
         let stop_at = (number % 4 == 3).then_some(each / 2);
@@ -371,7 +395,9 @@ pub(super) async fn publish_waits_when_full(mut cx: Cx) -> Checked {
         book.record_all(&got)?;
         s.member.ack(&got).await?;
     }
-    cx.within("publishing after room was made", publishing).await?.map_err(|panic| Violation::new(panic.to_string()))??;
+    cx.within("publishing after room was made", publishing)
+        .await?
+        .map_err(|panic| Violation::new(panic.to_string()))??;
     book.exactly_once()
 }
 
@@ -383,7 +409,8 @@ pub(super) async fn flush_waits_for_everything(mut cx: Cx) -> Checked {
     }
     cx.within("flush", s.publisher.flush()).await??;
     for mut confirm in confirms {
-        let resolved = std::future::poll_fn(|task| std::task::Poll::Ready(confirm.as_mut().poll(task).is_ready())).await;
+        let resolved =
+            std::future::poll_fn(|task| std::task::Poll::Ready(confirm.as_mut().poll(task).is_ready())).await;
         ensure!(resolved, "a confirm was not resolved after flush");
     }
     Ok(())
@@ -468,7 +495,12 @@ pub(super) async fn hostile_names_stay_apart(mut cx: Cx) -> Checked {
     let hostile_keys = ["", "*", ">", "a.b", "../..", "' OR 1=1 --", "\0", "key\r\nx: y", "🦀"];
     let mut books = Vec::new();
     for name in &names {
-        let events: Vec<_> = cx.events(hostile_keys.len(), 1).into_iter().zip(hostile_keys).map(|(event, key)| event.with_key(key).with_header("v", key)).collect();
+        let events: Vec<_> = cx
+            .events(hostile_keys.len(), 1)
+            .into_iter()
+            .zip(hostile_keys)
+            .map(|(event, key)| event.with_key(key).with_header("v", key))
+            .collect();
         publish(&s.publisher, name, &events).await?;
         books.push(Book::new(&events));
     }
@@ -493,7 +525,8 @@ pub(super) async fn reserved_headers_cannot_be_spoofed(mut cx: Cx) -> Checked {
         .with_header("x-death", "9")
         .with_header("evt-attempt", "9")
         .with_header("EVT-dlq-reason", "spoof");
-    let spoofed = [spoofed.clone().with_id(crate::EventId::generate()), spoofed.with_id(crate::EventId::generate())];
+    let spoofed =
+        [spoofed.clone().with_id(crate::EventId::generate()), spoofed.with_id(crate::EventId::generate())];
     s.publish(&spoofed).await?;
     let got = s.member.take(2).await?;
     for delivery in &got {

@@ -21,7 +21,11 @@ async fn claims<'a>(cx: &Cx, s: &'a Setup, replay: Replay) -> Checked<Option<&'a
     }
     let start = if replay == Replay::Offset { Start::Earliest } else { Start::Time(SystemTime::now()) };
     let subscription = cx.subscription(&s.transport, &s.topic, &cx.group("late")?).with_start(start);
-    fails_as("a start that is not claimed", s.transport.subscribe(&subscription).await.map(drop), &[ErrorKind::Unsupported])?;
+    fails_as(
+        "a start that is not claimed",
+        s.transport.subscribe(&subscription).await.map(drop),
+        &[ErrorKind::Unsupported],
+    )?;
     Ok(None)
 }
 
@@ -35,7 +39,9 @@ pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
     tokio::time::timeout_at(pause, std::future::pending::<()>()).await.unwrap_or(());
     receipts.extend(s.publish(&events[10..]).await?);
     let partition = receipts[0].partition;
-    let offset = |at: usize| receipts[at].offset.ok_or_else(|| Violation::new("replay by offset without offsets in receipts"));
+    let offset = |at: usize| {
+        receipts[at].offset.ok_or_else(|| Violation::new("replay by offset without offsets in receipts"))
+    };
     for from in [0, 1, 9, 19] {
         let read = admin.read(&s.topic, partition, offset(from)?, 100).await?;
         ensure_eq!(read.len(), 20 - from, "records from offset {}", offset(from)?);
@@ -44,7 +50,9 @@ pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
         }
         let mut starts = BTreeMap::new();
         starts.insert(partition, offset(from)?);
-        let subscription = cx.subscription(&s.transport, &s.topic, &cx.group(&format!("from{from}"))?).with_start(Start::Offsets(starts));
+        let subscription = cx
+            .subscription(&s.transport, &s.topic, &cx.group(&format!("from{from}"))?)
+            .with_start(Start::Offsets(starts));
         let mut member = cx.subscribe(&s.transport, &subscription).await?;
         let mut book = Book::new(&events[from..]);
         book.record_all(&member.take(20 - from).await?)?;
@@ -61,11 +69,24 @@ pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
     let middle = stored[10].stored_at;
     ensure!(stored[9].stored_at < middle, "the clock did not move: the case proved nothing");
     let after_last = stored[19].stored_at + Duration::from_secs(3600);
-    let first_of = |time| stored.iter().find(|record| record.stored_at >= time).map_or(end, |record| record.offset);
-    for time in [before_first, stored[0].stored_at, middle, middle + Duration::from_nanos(1), stored[9].stored_at + Duration::from_micros(1), after_last] {
-        ensure_eq!(admin.offset_at(&s.topic, partition, time).await?, first_of(time), "first offset at or after a time");
+    let first_of =
+        |time| stored.iter().find(|record| record.stored_at >= time).map_or(end, |record| record.offset);
+    for time in [
+        before_first,
+        stored[0].stored_at,
+        middle,
+        middle + Duration::from_nanos(1),
+        stored[9].stored_at + Duration::from_micros(1),
+        after_last,
+    ] {
+        ensure_eq!(
+            admin.offset_at(&s.topic, partition, time).await?,
+            first_of(time),
+            "first offset at or after a time"
+        );
     }
-    let subscription = cx.subscription(&s.transport, &s.topic, &cx.group("since")?).with_start(Start::Time(middle));
+    let subscription =
+        cx.subscription(&s.transport, &s.topic, &cx.group("since")?).with_start(Start::Time(middle));
     let mut member = cx.subscribe(&s.transport, &subscription).await?;
     let got = member.take(10).await?;
     Book::new(&events[10..]).record_all(&got)?;
@@ -103,7 +124,9 @@ pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {
     let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
     let events = cx.events(20, 1);
     let receipts = s.publish(&events).await?;
-    let (partition, Some(first)) = (receipts[0].partition, receipts[5].offset) else { return Err(Violation::new("no offsets")) };
+    let (partition, Some(first)) = (receipts[0].partition, receipts[5].offset) else {
+        return Err(Violation::new("no offsets"));
+    };
     let removed = admin.purge(&s.topic, partition, first).await?;
     ensure_eq!(removed, 5, "events removed below {first}");
     let below = receipts[2].offset.unwrap_or_default();
@@ -116,7 +139,10 @@ pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {
             Err(_) => return Err(Violation::new("removed history was skipped in silence: nothing came")),
             Ok(Err(error)) => break error,
             Ok(Ok(Polled::Deliveries(got))) => {
-                return Err(Violation::new(format!("removed history was skipped in silence: {} deliveries", got.len())));
+                return Err(Violation::new(format!(
+                    "removed history was skipped in silence: {} deliveries",
+                    got.len()
+                )));
             }
             Ok(Ok(_)) => {}
         }

@@ -27,7 +27,9 @@ impl fmt::Display for Line {
         match outcome {
             Outcome::Passed => write!(f, "passed  {:>6} ms", took.as_millis()),
             Outcome::Skipped(hook) => write!(f, "skipped: the subject offers no {hook:?} hook"),
-            Outcome::Failed(violation) => write!(f, "FAILED  {violation}\n     repeat with CONFORMANCE_SEED={seed}"),
+            Outcome::Failed(violation) => {
+                write!(f, "FAILED  {violation}\n     repeat with CONFORMANCE_SEED={seed}")
+            }
         }
     }
 }
@@ -51,7 +53,8 @@ impl Report {
 
     /// Counts passed, failed and skipped cases.
     pub fn counts(&self) -> (usize, usize, usize) {
-        let count = |wanted: fn(&Outcome) -> bool| self.lines.iter().filter(|line| wanted(&line.outcome)).count();
+        let count =
+            |wanted: fn(&Outcome) -> bool| self.lines.iter().filter(|line| wanted(&line.outcome)).count();
         (
             count(|outcome| matches!(outcome, Outcome::Passed)),
             count(Outcome::is_failure),

@@ -43,7 +43,10 @@ pub(super) async fn dropped_consumer_loses_nothing(mut cx: Cx) -> Checked {
     let all = next.take(30).await?;
     book.record_all(&all)?;
     let before: HashSet<_> = got.iter().map(|delivery| delivery.token).collect();
-    ensure!(all.iter().all(|delivery| !before.contains(&delivery.token)), "a token of the dropped consumer came again");
+    ensure!(
+        all.iter().all(|delivery| !before.contains(&delivery.token)),
+        "a token of the dropped consumer came again"
+    );
     next.ack(&all).await?;
     book.exactly_once()
 }
@@ -79,13 +82,19 @@ pub(super) async fn cancelled_poll_strands_nothing(mut cx: Cx) -> Checked {
     let mut book = Book::new(&events);
     let (mut n_cancelled, started) = (0, Instant::now());
     while book.n_seen() < events.len() {
-        ensure!(started.elapsed() < cx.settings().idle, "{} of {} after cancelled polls", book.n_seen(), events.len());
+        ensure!(
+            started.elapsed() < cx.settings().idle,
+            "{} of {} after cancelled polls",
+            book.n_seen(),
+            events.len()
+        );
         let polls = cx.random.usize(1..4);
         // Polled a few times, then dropped: at every await point in the end.
         let mut polling = s.member.consumer.poll(some(8));
         let mut ready = None;
         for _ in 0..polls {
-            let polled = std::future::poll_fn(|task| std::task::Poll::Ready(polling.as_mut().poll(task))).await;
+            let polled =
+                std::future::poll_fn(|task| std::task::Poll::Ready(polling.as_mut().poll(task))).await;
             if let std::task::Poll::Ready(polled) = polled {
                 ready = Some(polled?);
                 break;
@@ -102,7 +111,9 @@ pub(super) async fn cancelled_poll_strands_nothing(mut cx: Cx) -> Checked {
             Some(_) => {}
             None => {
                 n_cancelled += 1;
-                tokio::time::timeout(Duration::from_millis(1), std::future::pending::<()>()).await.unwrap_or(());
+                tokio::time::timeout(Duration::from_millis(1), std::future::pending::<()>())
+                    .await
+                    .unwrap_or(());
             }
         }
     }
@@ -128,7 +139,10 @@ pub(super) async fn settle_is_idempotent(mut cx: Cx) -> Checked {
     next.stays_quiet("after the eight unsettled events").await?;
     let settled = got[..2].iter().filter_map(|delivery| delivery.content.envelope());
     for event in settled {
-        ensure!(!rest.iter().any(|delivery| delivery.content.envelope().is_some_and(|e| e.id() == event.id())), "a settled event returned");
+        ensure!(
+            !rest.iter().any(|delivery| delivery.content.envelope().is_some_and(|e| e.id() == event.id())),
+            "a settled event returned"
+        );
     }
     Ok(())
 }
@@ -149,12 +163,19 @@ pub(super) async fn settle_runs_beside_a_pending_poll(mut cx: Cx) -> Checked {
     });
     let waits = tokio::time::timeout(cx.settings().quiet, &mut pending).await;
     ensure!(waits.is_err(), "a poll of an empty topic returned {waits:?}");
-    let outcome = tokio::time::timeout(Duration::from_secs(1), s.member.consumer.settle(&[(got[0].token, Settle::Ack)])).await;
+    let outcome = tokio::time::timeout(
+        Duration::from_secs(1),
+        s.member.consumer.settle(&[(got[0].token, Settle::Ack)]),
+    )
+    .await;
     let settled = outcome.map_err(|_| Violation::new("settle waited for the poll"))?;
     settled?.all()?;
     ensure!(!pending.is_finished(), "the settle ended the poll");
     s.publish(&cx.events(1, 1)).await?;
-    let n = cx.within("the pending poll", pending).await?.map_err(|panic| Violation::new(panic.to_string()))??;
+    let n = cx
+        .within("the pending poll", pending)
+        .await?
+        .map_err(|panic| Violation::new(panic.to_string()))??;
     ensure_eq!(n, 1, "deliveries of the pending poll");
     Ok(())
 }
@@ -171,10 +192,13 @@ pub(super) async fn out_of_order_settles_keep_gaps(mut cx: Cx) -> Checked {
     }
     s.member.close().await?;
     let mut next = cx.join(&cx.connect().await?, &s.topic, &s.group).await?;
-    let expected: Vec<_> = got[n_settled..].iter().filter_map(|delivery| delivery.content.envelope().cloned()).collect();
+    let expected: Vec<_> =
+        got[n_settled..].iter().filter_map(|delivery| delivery.content.envelope().cloned()).collect();
     let mut seen = HashSet::new();
     while let Some(again) = next.poll_within(64, cx.settings().quiet).await? {
-        seen.extend(again.iter().filter_map(|delivery| delivery.content.envelope().map(|event| event.id().clone())));
+        seen.extend(
+            again.iter().filter_map(|delivery| delivery.content.envelope().map(|event| event.id().clone())),
+        );
         next.ack(&again).await?;
     }
     let lost = expected.iter().filter(|event| !seen.contains(event.id())).count();
@@ -195,7 +219,11 @@ pub(super) async fn retry_repeats_id_and_counts(mut cx: Cx) -> Checked {
         for delivery in &got {
             match s.capabilities.attempts {
                 Attempts::Exact => ensure_eq!(delivery.attempt.map(u32::from), Some(attempt), "attempt"),
-                Attempts::None => ensure!(delivery.attempt.is_none(), "an attempt without the claim: {:?}", delivery.attempt),
+                Attempts::None => ensure!(
+                    delivery.attempt.is_none(),
+                    "an attempt without the claim: {:?}",
+                    delivery.attempt
+                ),
             }
         }
         s.member.settle(&got, if attempt < 3 { AGAIN } else { Settle::Ack }).await?;
@@ -207,10 +235,18 @@ pub(super) async fn retry_after_waits(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
     if !s.capabilities.delay {
         let subscription = cx.subscription(&s.transport, &s.topic, &s.group).with_delayed_retry();
-        return fails_as("delayed retry", s.transport.subscribe(&subscription).await, &[ErrorKind::Unsupported]).map(drop);
+        return fails_as(
+            "delayed retry",
+            s.transport.subscribe(&subscription).await,
+            &[ErrorKind::Unsupported],
+        )
+        .map(drop);
     }
     let group = cx.group("delayed")?;
-    let subscription = cx.subscription(&s.transport, &s.topic, &group).with_delayed_retry().with_ordering(s.capabilities.ordering.min(Ordering::PerKey));
+    let subscription = cx
+        .subscription(&s.transport, &s.topic, &group)
+        .with_delayed_retry()
+        .with_ordering(s.capabilities.ordering.min(Ordering::PerKey));
     let mut member = cx.subscribe(&s.transport, &subscription).await?;
     let events = cx.events(2, 2);
     let (after, slack) = (Duration::from_millis(600), cx.settings().idle / 2);
@@ -230,7 +266,10 @@ pub(super) async fn retry_after_waits(mut cx: Cx) -> Checked {
     let waited = started.elapsed();
     Book::new(&events[..1]).record_all(&again)?;
     next.ack(&again).await?;
-    ensure!(waited >= after - Duration::from_millis(20), "came after {waited:?}, not before {after:?} was asked");
+    ensure!(
+        waited >= after - Duration::from_millis(20),
+        "came after {waited:?}, not before {after:?} was asked"
+    );
     ensure!(waited <= after + slack, "came after {waited:?}, {after:?} was asked");
     Ok(())
 }
@@ -260,11 +299,13 @@ pub(super) async fn retry_of_one_leaves_the_batch(mut cx: Cx) -> Checked {
     let events = cx.events(10, 10);
     s.publish(&events).await?;
     let got = s.member.take(10).await?;
-    let outcomes: Vec<_> = got.iter().enumerate().map(|(at, d)| (d.token, if at == 2 { AGAIN } else { Settle::Ack })).collect();
+    let outcomes: Vec<_> =
+        got.iter().enumerate().map(|(at, d)| (d.token, if at == 2 { AGAIN } else { Settle::Ack })).collect();
     s.member.settle_each(&outcomes).await?;
     let again = s.member.drain().await?;
     let third = got[2].content.envelope().map(|event| event.id().clone());
-    let ids: Vec<_> = again.iter().map(|delivery| delivery.content.envelope().map(|event| event.id().clone())).collect();
+    let ids: Vec<_> =
+        again.iter().map(|delivery| delivery.content.envelope().map(|event| event.id().clone())).collect();
     ensure!(ids.contains(&third), "the retried event never returned");
     if s.capabilities.ack == Ack::Individual {
         ensure_eq!(ids.len(), 1, "events that returned");
@@ -305,7 +346,9 @@ pub(super) async fn ack_of_one_is_not_ack_of_the_batch(mut cx: Cx) -> Checked {
         next.stays_quiet("the settled event").await?;
         let settled = got[0].content.envelope().map(|event| event.id().clone());
         ensure!(
-            again.iter().all(|delivery| delivery.content.envelope().map(|event| event.id().clone()) != settled),
+            again
+                .iter()
+                .all(|delivery| delivery.content.envelope().map(|event| event.id().clone()) != settled),
             "after {way} the settled event returned and another did not"
         );
     }
@@ -360,7 +403,9 @@ pub(super) async fn expired_lease_redelivers(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
     let lease = cx.settings().lease;
     let group = cx.group("leased")?;
-    let mut member = cx.subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease)).await?;
+    let mut member = cx
+        .subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease))
+        .await?;
     s.publish(&cx.events(1, 1)).await?;
     let got = member.take(1).await?;
     if s.capabilities.lease == Lease::None {
@@ -382,7 +427,9 @@ pub(super) async fn renewed_lease_holds(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
     let lease = cx.settings().lease;
     let group = cx.group("leased")?;
-    let mut member = cx.subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease)).await?;
+    let mut member = cx
+        .subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease))
+        .await?;
     s.publish(&cx.events(1, 1)).await?;
     let got = member.take(1).await?;
     if s.capabilities.lease < Lease::Extendable {
@@ -424,7 +471,11 @@ pub(super) async fn settle_after_close_is_an_error(mut cx: Cx) -> Checked {
     let got = s.member.take(1).await?;
     let consumer = s.member.consumer.clone();
     s.member.close().await?;
-    fails_as("settle after close", consumer.settle(&[(got[0].token, Settle::Ack)]).await, &[ErrorKind::Closed])?;
+    fails_as(
+        "settle after close",
+        consumer.settle(&[(got[0].token, Settle::Ack)]).await,
+        &[ErrorKind::Closed],
+    )?;
     let mut next = cx.join(&s.transport, &s.topic, &s.group).await?;
     Book::new(&events).record_all(&next.take(1).await?)
 }
@@ -451,12 +502,16 @@ pub(super) async fn in_flight_is_bounded(mut cx: Cx) -> Checked {
     let topic = cx.topic("bytes")?;
     let by_bytes = Subscription { topic: topic.clone(), ..base }.with_window_bytes(some(bytes));
     let mut member = cx.subscribe(&s.transport, &by_bytes).await?;
-    let big: Vec<_> = cx.events(40, 20).into_iter().map(|event| event.with_payload(vec![1u8; 8 * 1024])).collect();
+    let big: Vec<_> =
+        cx.events(40, 20).into_iter().map(|event| event.with_payload(vec![1u8; 8 * 1024])).collect();
     publish(&s.publisher, &topic, &big).await?;
     let mut n_held = 0;
     while let Some(got) = member.poll_within(64, cx.settings().quiet).await? {
         n_held += got.len();
-        ensure!(n_held <= bytes / (8 * 1024) + 1, "{n_held} events of 8 KiB in hand, the bound is {bytes} bytes");
+        ensure!(
+            n_held <= bytes / (8 * 1024) + 1,
+            "{n_held} events of 8 KiB in hand, the bound is {bytes} bytes"
+        );
     }
     Ok(())
 }
@@ -485,7 +540,10 @@ pub(super) async fn close_ends_poll_and_is_idempotent(mut cx: Cx) -> Checked {
     settled?.all()?;
     closed?;
     consumer.close(deadline).await?;
-    let ended = cx.within("the pending poll after close", pending).await?.map_err(|panic| Violation::new(panic.to_string()))?;
+    let ended = cx
+        .within("the pending poll after close", pending)
+        .await?
+        .map_err(|panic| Violation::new(panic.to_string()))?;
     ensure!(ended.is_ok(), "the pending poll returned {ended:?}");
     let mut next = cx.join(&s.transport, &s.topic, &s.group).await?;
     next.stays_quiet("an event whose settle was in progress").await
@@ -498,7 +556,8 @@ pub(super) async fn concurrent_close_is_clean(mut cx: Cx) -> Checked {
     s.publish(&events).await?;
     let mut tasks = Vec::new();
     for _ in 0..10 {
-        let (transport, subscription) = (s.transport.clone(), cx.subscription(&s.transport, &s.topic, &s.group));
+        let (transport, subscription) =
+            (s.transport.clone(), cx.subscription(&s.transport, &s.topic, &s.group));
         let idle = cx.settings().idle;
         tasks.push(tokio::spawn(async move {
             let consumer = transport.subscribe(&subscription).await?;
@@ -591,11 +650,16 @@ pub(super) async fn deleted_topic_is_an_error(mut cx: Cx) -> Checked {
         match tokio::time::timeout_at(end, s.member.consumer.poll(some(4))).await {
             Err(_) => return Err(Violation::new("a consumer of a deleted topic waits for ever")),
             Ok(Err(error)) => {
-                ensure!(matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Closed), "deleted topic: {error}");
+                ensure!(
+                    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Closed),
+                    "deleted topic: {error}"
+                );
                 break;
             }
             Ok(Ok(Polled::Closed)) => break,
-            Ok(Ok(Polled::Deliveries(ghosts))) => return Err(Violation::new(format!("{} ghost events", ghosts.len()))),
+            Ok(Ok(Polled::Deliveries(ghosts))) => {
+                return Err(Violation::new(format!("{} ghost events", ghosts.len())));
+            }
             Ok(Ok(_)) => {}
         }
     }

@@ -52,7 +52,9 @@ impl Default for Settings {
             idle: Duration::from_secs(15),
             quiet: Duration::from_millis(300),
             lease: Duration::from_millis(400),
-            seed: var("CONFORMANCE_SEED").and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..)),
+            seed: var("CONFORMANCE_SEED")
+                .and_then(|seed| seed.parse().ok())
+                .unwrap_or_else(|| fastrand::u64(..)),
         }
     }
 }
@@ -209,6 +211,9 @@ async fn switch(hook: &Option<Switch>, on: bool) -> Result<()> {
 
 impl fmt::Debug for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Subject").field("name", &self.name).field("settings", &self.settings).finish_non_exhaustive()
+        f.debug_struct("Subject")
+            .field("name", &self.name)
+            .field("settings", &self.settings)
+            .finish_non_exhaustive()
     }
 }

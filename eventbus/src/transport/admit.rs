@@ -28,7 +28,10 @@ impl Admitted {
             .filter_map(|(at, envelope)| {
                 let key = envelope.key().cloned();
                 if key.as_ref().is_some_and(|key| held.contains(key)) {
-                    let error = Error::new(ErrorKind::Failed, "an earlier event of this key in the batch was refused");
+                    let error = Error::new(
+                        ErrorKind::Failed,
+                        "an earlier event of this key in the batch was refused",
+                    );
                     admitted.refused.push((at, error));
                     return None;
                 }
@@ -81,6 +84,10 @@ impl Admitted {
 pub(crate) struct Refused(Vec<(usize, Error)>);
 
 impl Refused {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -93,7 +100,9 @@ mod tests {
 
     #[test]
     fn a_refusal_holds_back_its_key_and_nothing_else() {
-        let event = |key: &'static str, size: usize| Envelope::new("t", "/s").with_key(key).with_payload(vec![0; size]);
+        let event = |key: &'static str, size: usize| {
+            Envelope::new("t", "/s").with_key(key).with_payload(vec![0; size])
+        };
         let batch = vec![event("a", 1), event("a", 9_000), event("b", 1), event("a", 1), event("b", 1)];
         let (events, refused) = Admitted::check(batch, 1_000).into_parts();
         assert_eq!(events.len(), 3);

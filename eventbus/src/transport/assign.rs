@@ -16,7 +16,8 @@ pub(crate) fn targets(members: &[u64], n_partitions: u32) -> Vec<usize> {
             let mut best = None;
             for (at, member) in members.iter().enumerate() {
                 let weight = mix(member ^ mix(u64::from(partition) + 1));
-                if load.get(at).is_some_and(|load| *load < share) && best.is_none_or(|(top, _)| weight > top) {
+                if load.get(at).is_some_and(|load| *load < share) && best.is_none_or(|(top, _)| weight > top)
+                {
                     best = Some((weight, at));
                 }
             }

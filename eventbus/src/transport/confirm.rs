@@ -81,7 +81,9 @@ impl Receipts {
     pub fn single(mut self) -> Result<Receipt> {
         match (self.0.pop(), self.0.len()) {
             (Some(outcome), 0) => outcome,
-            (_, others) => Err(Error::new(ErrorKind::Unexpected, "not a batch of one").with("others", others)),
+            (_, others) => {
+                Err(Error::new(ErrorKind::Unexpected, "not a batch of one").with("others", others))
+            }
         }
     }
 }
@@ -138,7 +140,8 @@ impl Future for Confirm {
             State::Waiting { mut outcomes, n_events } => match Pin::new(&mut outcomes).poll(cx) {
                 Poll::Ready(Ok(receipts)) => Poll::Ready(receipts),
                 Poll::Ready(Err(_)) => {
-                    let unknown = || Err(Error::new(ErrorKind::Unknown, "the publisher ended before the confirm"));
+                    let unknown =
+                        || Err(Error::new(ErrorKind::Unknown, "the publisher ended before the confirm"));
                     Poll::Ready((0..n_events).map(|_| unknown()).collect())
                 }
                 Poll::Pending => {

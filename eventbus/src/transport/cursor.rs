@@ -42,7 +42,10 @@ pub(crate) struct Entry {
 pub(crate) enum Past {
     #[default]
     Fresh,
-    Waiting { attempt: NonZeroU32, due: Option<Instant> },
+    Waiting {
+        attempt: NonZeroU32,
+        due: Option<Instant>,
+    },
     Settled,
 }
 
@@ -157,14 +160,20 @@ impl Cursor {
         let offset = self.next();
         let (attempt, due) = match entry.past {
             Past::Settled => {
-                self.slots.push_back(Slot { state: State::Settled, attempt: FIRST, handout: 0, stored_at: entry.stored_at });
+                self.slots.push_back(Slot {
+                    state: State::Settled,
+                    attempt: FIRST,
+                    handout: 0,
+                    stored_at: entry.stored_at,
+                });
                 self.advance();
                 return None;
             }
             Past::Fresh => (FIRST, None),
             Past::Waiting { attempt, due } => (attempt, due),
         };
-        let waits = due.is_some() || self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key));
+        let waits =
+            due.is_some() || self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key));
         let state = State::Waiting { due, content: entry.content };
         self.slots.push_back(Slot { state, attempt, handout: 0, stored_at: entry.stored_at });
         if waits {
@@ -189,12 +198,17 @@ impl Cursor {
         if self.expiry.is_none_or(|expiry| expiry > now) {
             return (0, 0);
         }
-        let ended: Vec<u64> = self.offsets(|state| matches!(state, State::InHand { until, .. } if *until <= now));
+        let ended: Vec<u64> =
+            self.offsets(|state| matches!(state, State::InHand { until, .. } if *until <= now));
         let size = ended.iter().map(|offset| self.give_back(*offset, None)).sum();
-        self.expiry = self.slots.iter().filter_map(|slot| match slot.state {
-            State::InHand { until, .. } => Some(until),
-            _ => None,
-        }).min();
+        self.expiry = self
+            .slots
+            .iter()
+            .filter_map(|slot| match slot.state {
+                State::InHand { until, .. } => Some(until),
+                _ => None,
+            })
+            .min();
         (ended.len(), size)
     }
 
@@ -264,7 +278,12 @@ impl Cursor {
             self.floor = first;
         } else {
             for _ in expected..first {
-                self.slots.push_back(Slot { state: State::Settled, attempt: FIRST, handout: 0, stored_at: SystemTime::UNIX_EPOCH });
+                self.slots.push_back(Slot {
+                    state: State::Settled,
+                    attempt: FIRST,
+                    handout: 0,
+                    stored_at: SystemTime::UNIX_EPOCH,
+                });
             }
         }
         Some(expected)
@@ -277,8 +296,12 @@ impl Cursor {
             Some(None) => Past::Fresh,
             Some(Some(slot)) => match &slot.state {
                 State::Settled => Past::Settled,
-                State::Waiting { due, .. } if slot.attempt > FIRST => Past::Waiting { attempt: slot.attempt, due: *due },
-                State::InHand { .. } if slot.attempt > FIRST => Past::Waiting { attempt: slot.attempt, due: None },
+                State::Waiting { due, .. } if slot.attempt > FIRST => {
+                    Past::Waiting { attempt: slot.attempt, due: *due }
+                }
+                State::InHand { .. } if slot.attempt > FIRST => {
+                    Past::Waiting { attempt: slot.attempt, due: None }
+                }
                 _ => Past::Fresh,
             },
         }
@@ -286,7 +309,12 @@ impl Cursor {
 
     fn offsets(&self, wanted: impl Fn(&State) -> bool) -> Vec<u64> {
         let floor = self.floor;
-        self.slots.iter().enumerate().filter(|(_, slot)| wanted(&slot.state)).map(|(at, _)| floor + at as u64).collect()
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| wanted(&slot.state))
+            .map(|(at, _)| floor + at as u64)
+            .collect()
     }
 
     fn slot(&mut self, offset: u64) -> Option<&mut Slot> {
@@ -300,7 +328,14 @@ impl Cursor {
         let content = content.clone();
         slot.state = State::InHand { until, content: content.clone() };
         slot.handout = slot.handout.wrapping_add(1);
-        let handed = Handed { offset, handout: slot.handout, attempt: slot.attempt, until, stored_at: slot.stored_at, content };
+        let handed = Handed {
+            offset,
+            handout: slot.handout,
+            attempt: slot.attempt,
+            until,
+            stored_at: slot.stored_at,
+            content,
+        };
         self.n_in_hand += 1;
         self.bytes_in_hand += handed.content.size_bytes();
         self.expiry = Some(self.expiry.map_or(until, |expiry| expiry.min(until)));
@@ -327,7 +362,9 @@ impl Cursor {
         match self.order {
             Order::None => None,
             Order::Total => Some(None),
-            Order::PerKey => content.envelope().and_then(|envelope| envelope.key()).map(|key| Some(key.clone())),
+            Order::PerKey => {
+                content.envelope().and_then(|envelope| envelope.key()).map(|key| Some(key.clone()))
+            }
         }
     }
 
@@ -408,7 +445,8 @@ mod tests {
 
     fn setup(order: Order, keys: &[&'static str]) -> (Cursor, Instant, Vec<Handed>) {
         let (mut cursor, now) = (Cursor::new(order, 0), Instant::now());
-        let handed = keys.iter().filter_map(|key| cursor.read(entry(key), now + Duration::from_secs(1))).collect();
+        let handed =
+            keys.iter().filter_map(|key| cursor.read(entry(key), now + Duration::from_secs(1))).collect();
         (cursor, now, handed)
     }
 
@@ -432,7 +470,9 @@ mod tests {
         assert!(cursor.read(entry("b"), later).is_some(), "another key goes on");
         assert!(cursor.take_due(now, later).is_none());
         assert_eq!(cursor.wake_at(), Some(now + Duration::from_secs(1)), "the lease of b");
-        let out: Vec<_> = std::iter::from_fn(|| cursor.take_due(later, later)).map(|h| (h.offset, h.attempt.get())).collect();
+        let out: Vec<_> = std::iter::from_fn(|| cursor.take_due(later, later))
+            .map(|h| (h.offset, h.attempt.get()))
+            .collect();
         assert_eq!(out, [(0, 2), (1, 1)]);
         assert!(cursor.read(entry("a"), later).is_some(), "nothing is held any more");
     }

@@ -192,7 +192,8 @@ impl Settled {
         if self.lost.is_empty() {
             return Ok(());
         }
-        Err(crate::Error::new(crate::ErrorKind::LeaseLost, "deliveries are no longer ours").with("tokens", self.lost.len()))
+        Err(crate::Error::new(crate::ErrorKind::LeaseLost, "deliveries are no longer ours")
+            .with("tokens", self.lost.len()))
     }
 }
 

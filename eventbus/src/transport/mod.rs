@@ -18,6 +18,8 @@ mod admit;
 mod assign;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
 mod cursor;
+#[cfg(any(feature = "memory", feature = "sqlite"))]
+mod hand;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(feature = "sqlite")]

@@ -6,21 +6,27 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 
-use super::consumer::first_since;
 use super::Memory;
+use super::consumer::first_since;
 use super::group::GroupState;
 use super::topic::{GroupId, Log, TopicState};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
-use crate::transport::cursor::Cursor;
 use crate::transport::Content;
+use crate::transport::cursor::Cursor;
 
 fn describe(state: &TopicState) -> TopicInfo {
     let inner = state.lock();
-    let info = |(at, log): (usize, &Log)| PartitionInfo::new(PartitionId(at as u32), Offset(log.base), Offset(log.next()));
-    TopicInfo::new(state.spec.topic.clone(), inner.logs.iter().enumerate().map(info).collect(), state.spec.retention)
+    let info = |(at, log): (usize, &Log)| {
+        PartitionInfo::new(PartitionId(at as u32), Offset(log.base), Offset(log.next()))
+    };
+    TopicInfo::new(
+        state.spec.topic.clone(),
+        inner.logs.iter().enumerate().map(info).collect(),
+        state.spec.retention,
+    )
 }
 
 fn check_partition(state: &TopicState, partition: PartitionId) -> Result<()> {
@@ -56,21 +62,30 @@ impl Memory {
 impl Admin for Memory {
     async fn declare(&self, spec: &TopicSpec) -> Result<bool> {
         if self.broker.options.partitions.get() == 1 && spec.partitions.get() > 1 {
-            return Err(Error::new(ErrorKind::Conflict, "this broker keeps order per topic: topics have one partition")
-                .with("topic", &spec.topic)
-                .with("partitions", spec.partitions));
+            return Err(Error::new(
+                ErrorKind::Conflict,
+                "this broker keeps order per topic: topics have one partition",
+            )
+            .with("topic", &spec.topic)
+            .with("partitions", spec.partitions));
         }
         let mut topics = self.broker.topics.lock();
         match topics.get(&spec.topic) {
             None => {
-                topics.insert(spec.topic.clone(), Arc::new(TopicState::new(spec.clone(), &self.broker.options)));
+                topics.insert(
+                    spec.topic.clone(),
+                    Arc::new(TopicState::new(spec.clone(), &self.broker.options)),
+                );
                 Ok(true)
             }
             Some(state) if state.spec.partitions == spec.partitions => Ok(false),
-            Some(state) => Err(Error::new(ErrorKind::Conflict, "the topic has another number of partitions: keys would move")
-                .with("topic", &spec.topic)
-                .with("declared", spec.partitions)
-                .with("found", state.spec.partitions)),
+            Some(state) => Err(Error::new(
+                ErrorKind::Conflict,
+                "the topic has another number of partitions: keys would move",
+            )
+            .with("topic", &spec.topic)
+            .with("declared", spec.partitions)
+            .with("found", state.spec.partitions)),
         }
     }
 
@@ -111,9 +126,17 @@ impl Admin for Memory {
                 let GroupId::Named(name) = id else { continue };
                 for (at, (share, log)) in group.shares.iter().zip(&inner.logs).enumerate() {
                     let cursor: &Cursor = &share.cursor;
-                    let lag = cursor.n_unsettled() as u64 + log.next().saturating_sub(cursor.next().max(log.base));
+                    let lag =
+                        cursor.n_unsettled() as u64 + log.next().saturating_sub(cursor.next().max(log.base));
                     let (settled, end) = (Offset(cursor.floor()), Offset(log.next()));
-                    let info = GroupInfo::new(name.clone(), state.spec.topic.clone(), PartitionId(at as u32), settled, end, lag);
+                    let info = GroupInfo::new(
+                        name.clone(),
+                        state.spec.topic.clone(),
+                        PartitionId(at as u32),
+                        settled,
+                        end,
+                        lag,
+                    );
                     groups.push(info.with_owner(share.owner.map(|member| format!("member-{member}"))));
                 }
             }
@@ -140,7 +163,9 @@ impl Admin for Memory {
         idle_group(&inner.groups, &id, group)?;
         let at = partition.0 as usize;
         let bounds = inner.logs.get(at).map(|log| (log.base, log.next()));
-        if let (Some((first, next)), Some(share)) = (bounds, inner.groups.get_mut(&id).and_then(|group| group.shares.get_mut(at))) {
+        if let (Some((first, next)), Some(share)) =
+            (bounds, inner.groups.get_mut(&id).and_then(|group| group.shares.get_mut(at)))
+        {
             share.cursor = Cursor::new(share.cursor.order(), to.0.clamp(first, next));
         }
         state.settled(inner, partition);
@@ -157,13 +182,21 @@ impl Admin for Memory {
         Ok(Offset(inner.logs.get(partition.0 as usize).map_or(0, |log| first_since(log, time))))
     }
 
-    async fn read(&self, topic: &Topic, partition: PartitionId, from: Offset, max: usize) -> Result<Vec<Record>> {
+    async fn read(
+        &self,
+        topic: &Topic,
+        partition: PartitionId,
+        from: Offset,
+        max: usize,
+    ) -> Result<Vec<Record>> {
         let state = self.partition(topic, partition)?;
         let inner = state.lock();
         let Some(log) = inner.logs.get(partition.0 as usize) else { return Ok(Vec::new()) };
         if from.0 < log.base {
             let kind = ErrorKind::DataLoss { expected: from, first: Offset(log.base) };
-            return Err(Error::new(kind, "events below the first kept offset are gone").with("topic", topic).with("partition", partition));
+            return Err(Error::new(kind, "events below the first kept offset are gone")
+                .with("topic", topic)
+                .with("partition", partition));
         }
         let skip = (from.0 - log.base) as usize;
         let records = log.entries.iter().enumerate().skip(skip).take(max).map(|(at, stored)| {
@@ -197,11 +230,7 @@ impl Admin for Memory {
     }
 }
 
-fn idle_group(
-    groups: &BTreeMap<GroupId, GroupState>,
-    id: &GroupId,
-    group: &Group,
-) -> Result<()> {
+fn idle_group(groups: &BTreeMap<GroupId, GroupState>, id: &GroupId, group: &Group) -> Result<()> {
     match groups.get(id) {
         None => Err(Error::not_found("there is no such group in this topic").with("group", group)),
         Some(state) if !state.members.is_empty() => {

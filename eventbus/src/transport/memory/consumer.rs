@@ -17,7 +17,8 @@ use crate::capability::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::subscription::{Audience, Start, Subscription};
-use crate::transport::cursor::{Entry, Handed, Order, Past, Settling, lease_end};
+use crate::transport::cursor::{Entry, Order, Past, Settling, lease_end};
+use crate::transport::hand::{self, Hand, Place};
 use crate::transport::{Consumer, Delivery, Polled, Settle, Settled, Token};
 
 pub(super) struct MemoryConsumer {
@@ -51,7 +52,10 @@ impl MemoryConsumer {
         }
         let Inner { groups, logs, .. } = &mut *inner;
         let state = groups.entry(group.clone()).or_insert_with(|| {
-            let floors = logs.iter().enumerate().map(|(at, log)| start_of(log, PartitionId(at as u32), &subscription.start));
+            let floors = logs
+                .iter()
+                .enumerate()
+                .map(|(at, log)| start_of(log, PartitionId(at as u32), &subscription.start));
             GroupState::new(order, floors, matches!(subscription.audience, Audience::Broadcast))
         });
         state.members.insert(
@@ -59,10 +63,7 @@ impl MemoryConsumer {
             Member {
                 wake: wake.clone(),
                 news: Default::default(),
-                n_in_hand: 0,
-                bytes_in_hand: 0,
-                window: subscription.window,
-                window_bytes: subscription.window_bytes,
+                hand: Hand::new(subscription.window, subscription.window_bytes),
                 lease: subscription.lease,
                 revoke_within: subscription.revoke_within,
                 alive_until: lease_end(now, subscription.lease),
@@ -80,7 +81,9 @@ impl MemoryConsumer {
         let mut inner = self.topic.lock();
         let inner = &mut *inner;
         match inner.groups.get_mut(&self.group) {
-            Some(group) if group.members.contains_key(&self.member) => Ok(work(group, &mut inner.logs, Instant::now())),
+            Some(group) if group.members.contains_key(&self.member) => {
+                Ok(work(group, &mut inner.logs, Instant::now()))
+            }
             _ => Err(Error::closed("consumer")),
         }
     }
@@ -101,7 +104,9 @@ impl MemoryConsumer {
         let Some(group) = inner.groups.get_mut(&self.group) else { return Ok(Looked::Found(Polled::Closed)) };
         let now = Instant::now();
         group.keep_time(now);
-        let Some(member) = group.members.get_mut(&self.member) else { return Ok(Looked::Found(Polled::Closed)) };
+        let Some(member) = group.members.get_mut(&self.member) else {
+            return Ok(Looked::Found(Polled::Closed));
+        };
         member.touch(now);
         match member.news.pop_front() {
             Some(News::Polled(polled)) => return Ok(Looked::Found(polled)),
@@ -129,7 +134,6 @@ impl MemoryConsumer {
     fn collect(&self, group: &mut GroupState, logs: &[Log], max: usize, now: Instant) -> Vec<Delivery> {
         let Some(member) = group.members.get_mut(&self.member) else { return Vec::new() };
         let until = lease_end(now, member.lease);
-        let room = member.window.get().saturating_sub(member.n_in_hand).min(max);
         let mut deliveries = Vec::new();
         for (at, share) in group.shares.iter_mut().enumerate() {
             if share.owner != Some(self.member) || share.revoke_at.is_some() {
@@ -141,30 +145,18 @@ impl MemoryConsumer {
                 member.news.push_back(News::DataLoss { expected, first: log.base, partition });
                 continue;
             }
-            while deliveries.len() < room {
-                // One event always goes out, however large; more only while the bytes have room.
-                if member.n_in_hand > 0 && member.bytes_in_hand >= member.window_bytes.get() {
-                    return deliveries;
-                }
-                let handed = match share.cursor.take_due(now, until) {
-                    Some(handed) => handed,
-                    None if !share.cursor.may_read(member.window_bytes.get()) => break,
-                    None => {
-                        let Some(stored) = log.get(share.cursor.next()) else { break };
-                        let entry = Entry { content: stored.content.clone(), stored_at: stored.stored_at, past: Past::Fresh };
-                        match share.cursor.read(entry, until) {
-                            Some(handed) => handed,
-                            None => continue,
-                        }
-                    }
-                };
-                member.n_in_hand += 1;
-                member.bytes_in_hand += handed.content.size_bytes();
-                if deliveries.is_empty() {
-                    deliveries.reserve(room.min(log.entries.len()).max(1));
-                }
-                deliveries.push(delivery(handed, partition, share.epoch));
-            }
+            let next = |offset| {
+                let stored = log.get(offset)?;
+                Some(Entry {
+                    content: stored.content.clone(),
+                    stored_at: stored.stored_at,
+                    past: Past::Fresh,
+                })
+            };
+            let (epoch, left) = (share.epoch, max - deliveries.len());
+            member.hand.fill(&mut share.cursor, now, until, left, next, |handed| {
+                deliveries.push(hand::delivery(handed, partition, epoch));
+            });
         }
         deliveries
     }
@@ -180,7 +172,9 @@ fn start_of(log: &Log, partition: PartitionId, start: &Start) -> u64 {
     match start {
         Start::Latest => log.next(),
         Start::Earliest => log.base,
-        Start::Offsets(offsets) => offsets.get(&partition).map_or(log.base, |offset| offset.0).clamp(log.base, log.next()),
+        Start::Offsets(offsets) => {
+            offsets.get(&partition).map_or(log.base, |offset| offset.0).clamp(log.base, log.next())
+        }
         Start::Time(time) => first_since(log, *time),
     }
 }
@@ -188,23 +182,6 @@ fn start_of(log: &Log, partition: PartitionId, start: &Start) -> u64 {
 /// The first offset stored at or after a time; the end if there is none.
 pub(super) fn first_since(log: &Log, time: std::time::SystemTime) -> u64 {
     log.base + log.entries.partition_point(|stored| stored.stored_at < time) as u64
-}
-
-fn delivery(handed: Handed, partition: PartitionId, epoch: u32) -> Delivery {
-    let token = Token::new(
-        u64::from(epoch) << 32 | u64::from(partition.0),
-        handed.offset << 16 | u64::from(handed.handout),
-    );
-    Delivery::new(token, partition, handed.content)
-        .with_offset(Offset(handed.offset))
-        .with_attempt(handed.attempt)
-        .with_lease_until(handed.until.into_std())
-        .with_stored_at(handed.stored_at)
-}
-
-/// The parts of a token: partition, epoch, offset, handout.
-fn parts(token: Token) -> (PartitionId, u32, u64, u16) {
-    (PartitionId(token.high() as u32), (token.high() >> 32) as u32, token.low() >> 16, token.low() as u16)
 }
 
 /// Counts a poll that waits, also when its future is dropped.
@@ -262,14 +239,12 @@ impl Consumer for MemoryConsumer {
         member.touch(now);
         let mut moved: u64 = 0;
         for (token, how) in outcomes {
-            let (partition, epoch, offset, handout) = parts(*token);
-            let share = group.shares.get_mut(partition.0 as usize);
-            match share {
+            let Place { partition, epoch, offset, handout } = Place::of(*token);
+            match group.shares.get_mut(partition.0 as usize) {
                 Some(share) if share.owner == Some(self.member) && share.epoch == epoch => {
                     match share.cursor.settle(offset, handout, *how, now) {
                         Settling::Done { size } => {
-                            member.n_in_hand -= 1;
-                            member.bytes_in_hand -= size;
+                            member.hand.give_back(1, size);
                             moved |= 1 << (partition.0 % 64);
                         }
                         Settling::Repeated => {}
@@ -302,7 +277,7 @@ impl Consumer for MemoryConsumer {
             }
             let mut settled = Settled::default();
             for token in tokens {
-                let (partition, epoch, offset, handout) = parts(*token);
+                let Place { partition, epoch, offset, handout } = Place::of(*token);
                 let renewed = group.shares.get_mut(partition.0 as usize).is_some_and(|share| {
                     share.owner == Some(self.member)
                         && share.epoch == epoch

@@ -1,7 +1,6 @@
 //! A group in one topic: its members, and its cursor in each partition.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use tokio::time::Instant;
 
 use crate::partition::PartitionId;
 use crate::transport::cursor::{Cursor, Order, lease_end};
+use crate::transport::hand::Hand;
 use crate::transport::{Polled, assign};
 
 pub(super) struct GroupState {
@@ -33,10 +33,7 @@ pub(super) struct Share {
 pub(super) struct Member {
     pub(super) wake: Arc<Notify>,
     pub(super) news: VecDeque<News>,
-    pub(super) n_in_hand: usize,
-    pub(super) bytes_in_hand: usize,
-    pub(super) window: NonZeroUsize,
-    pub(super) window_bytes: NonZeroUsize,
+    pub(super) hand: Hand,
     pub(super) lease: Duration,
     pub(super) revoke_within: Duration,
     /// A member that neither polls nor answers until then may lose its partitions to others.
@@ -68,13 +65,15 @@ impl Member {
 
 impl GroupState {
     pub(super) fn new(order: Order, floors: impl Iterator<Item = u64>, ephemeral: bool) -> Self {
-        let share = |floor| Share { cursor: Cursor::new(order, floor), owner: None, epoch: 0, revoke_at: None };
+        let share =
+            |floor| Share { cursor: Cursor::new(order, floor), owner: None, epoch: 0, revoke_at: None };
         Self { members: BTreeMap::new(), shares: floors.map(share).collect(), ephemeral }
     }
 
     /// Brings ownership in line with the members that live. Call after every change of members.
     pub(super) fn rebalance(&mut self, now: Instant) {
-        let live: Vec<u64> = self.members.iter().filter(|(_, member)| member.is_alive(now)).map(|(id, _)| *id).collect();
+        let live: Vec<u64> =
+            self.members.iter().filter(|(_, member)| member.is_alive(now)).map(|(id, _)| *id).collect();
         let live = if live.is_empty() { self.members.keys().copied().collect() } else { live };
         let targets = assign::targets(&live, self.shares.len() as u32);
         let mut assigned: BTreeMap<u64, Vec<PartitionId>> = BTreeMap::new();
@@ -87,7 +86,8 @@ impl GroupState {
                 Some(owner) if owner == target => share.revoke_at = None,
                 Some(owner) if live.contains(&owner) && share.revoke_at.is_none_or(|end| end > now) => {
                     if share.revoke_at.is_none() {
-                        let budget = self.members.get(&owner).map_or(Duration::ZERO, |member| member.revoke_within);
+                        let budget =
+                            self.members.get(&owner).map_or(Duration::ZERO, |member| member.revoke_within);
                         share.revoke_at = Some(lease_end(now, budget));
                         revoked.entry(owner).or_default().push(partition);
                     }
@@ -124,9 +124,10 @@ impl GroupState {
         let mut overdue = false;
         for share in &mut self.shares {
             let (n_ended, size) = share.cursor.expire(now);
-            if n_ended > 0 && let Some(owner) = share.owner.and_then(|id| self.members.get_mut(&id)) {
-                owner.n_in_hand -= n_ended;
-                owner.bytes_in_hand -= size;
+            if n_ended > 0
+                && let Some(owner) = share.owner.and_then(|id| self.members.get_mut(&id))
+            {
+                owner.hand.give_back(n_ended, size);
                 owner.wake.notify_one();
             }
             overdue |= share.revoke_at.is_some_and(|end| end <= now);
@@ -143,7 +144,8 @@ impl GroupState {
     /// When [`keep_time`](Self::keep_time) has something to do next, for the partitions of all members.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let shares = self.shares.iter().flat_map(|share| [share.cursor.wake_at(), share.revoke_at]).flatten();
-        let silent = self.members.values().filter(|member| self.members.len() > 1 && member.polls_waiting == 0);
+        let silent =
+            self.members.values().filter(|member| self.members.len() > 1 && member.polls_waiting == 0);
         shares.chain(silent.map(|member| member.alive_until)).min()
     }
 
@@ -177,8 +179,7 @@ impl GroupState {
 fn take_from(share: &mut Share, owner: Option<&mut Member>) {
     if let Some(owner) = owner {
         let (n_in_hand, bytes) = share.cursor.in_hand();
-        owner.n_in_hand -= n_in_hand;
-        owner.bytes_in_hand -= bytes;
+        owner.hand.give_back(n_in_hand, bytes);
     }
     share.cursor.abandon();
     share.owner = None;

@@ -32,7 +32,9 @@ use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
-use crate::capability::{Ack, Attempts, Capabilities, Durability, Instances, Lease, Members, Ordering, Replay};
+use crate::capability::{
+    Ack, Attempts, Capabilities, Durability, Instances, Lease, Members, Ordering, Replay,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::subscription::Subscription;
@@ -139,8 +141,11 @@ impl Memory {
         named.retain(|_, broker| broker.strong_count() > 0);
         let broker = match named.get(name).and_then(Weak::upgrade) {
             Some(broker) if broker.options != options => {
-                return Err(Error::new(ErrorKind::Conflict, "this in-memory broker is open with other options")
-                    .with("name", name));
+                return Err(Error::new(
+                    ErrorKind::Conflict,
+                    "this in-memory broker is open with other options",
+                )
+                .with("name", name));
             }
             Some(broker) => broker,
             None => {

@@ -88,7 +88,11 @@ impl TopicState {
                 logs: (0..spec.partitions.get()).map(|_| log()).collect(),
                 groups: BTreeMap::new(),
                 deleted: false,
-                dedup: options.dedup.map(|window| Dedup { window, seen: HashMap::new(), ages: VecDeque::new() }),
+                dedup: options.dedup.map(|window| Dedup {
+                    window,
+                    seen: HashMap::new(),
+                    ages: VecDeque::new(),
+                }),
                 last_stored: SystemTime::UNIX_EPOCH,
             }),
             spec,
@@ -164,7 +168,8 @@ impl TopicState {
     /// Forgets what every group has settled, beyond the replay ring.
     pub(super) fn settled(&self, inner: &mut Inner, partition: PartitionId) {
         let at = partition.0 as usize;
-        let floors = inner.groups.values().filter_map(|group| group.shares.get(at)).map(|share| share.cursor.floor());
+        let floors =
+            inner.groups.values().filter_map(|group| group.shares.get(at)).map(|share| share.cursor.floor());
         let floor = floors.min();
         if let Some(log) = inner.logs.get_mut(at) {
             let floor = floor.unwrap_or(log.next());

@@ -1,0 +1,70 @@
+//! Time for leases and delays that a step of the wall clock cannot move.
+//!
+//! Deadlines that several processes share are in nanoseconds of the machine's monotonic clock, which
+//! all processes of one boot read alike (clock_gettime(2), `CLOCK_MONOTONIC`). The boot's id is kept
+//! in the file: after a restart of the machine every lease is over, and delays are converted through
+//! the wall time stored beside them.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::time::Instant;
+
+/// Nanoseconds of the machine's monotonic clock.
+pub(super) fn monotonic() -> i64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
+}
+
+/// Nanoseconds since 1970 by the wall clock.
+pub(super) fn wall() -> i64 {
+    to_nanos(SystemTime::now())
+}
+
+pub(super) fn to_nanos(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |nanos| -nanos),
+    }
+}
+
+pub(super) fn from_nanos(nanos: i64) -> SystemTime {
+    let size = Duration::from_nanos(nanos.unsigned_abs());
+    let time = if nanos < 0 { UNIX_EPOCH.checked_sub(size) } else { UNIX_EPOCH.checked_add(size) };
+    time.unwrap_or(UNIX_EPOCH)
+}
+
+pub(super) fn nanos(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Turns a stored deadline into one of this process, given what both clocks say now.
+pub(super) fn to_instant(deadline: i64, now: Instant, now_monotonic: i64) -> Instant {
+    let left = u64::try_from(deadline.saturating_sub(now_monotonic)).unwrap_or(0);
+    now.checked_add(Duration::from_nanos(left)).unwrap_or(now)
+}
+
+/// Names the present boot of the machine; empty where the system has no such name.
+pub(super) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_before_and_after_1970_round_trip() {
+        for nanos in [0, 1, -1, 1_700_000_000_123_456_789, -86_400_000_000_000] {
+            assert_eq!(to_nanos(from_nanos(nanos)), nanos);
+        }
+    }
+
+    #[test]
+    fn a_deadline_that_passed_is_now() {
+        let now = Instant::now();
+        assert_eq!(to_instant(5, now, 10), now);
+        assert_eq!(to_instant(15, now, 10), now + Duration::from_nanos(5));
+    }
+}

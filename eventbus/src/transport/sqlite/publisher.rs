@@ -1,0 +1,173 @@
+//! Publishing into the file: the writer stores whole rounds, the confirm resolves after the commit.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+
+use async_trait::async_trait;
+use rusqlite::params;
+
+use super::clock;
+use super::row;
+use super::schema::{MAX_OFFSET, from_sqlite, position};
+use super::store::{MAX_WAITING_BYTES, MAX_WAITING_EVENTS, Store};
+use super::topics;
+use super::writer::{Command, Job, Round};
+use crate::admin::Offset;
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
+use crate::partition;
+use crate::transport::admit::{Admitted, Refused};
+use crate::transport::{Confirm, Publisher, Receipt, Resolver};
+
+pub(super) struct SqlitePublisher {
+    store: Arc<Store>,
+    closed: AtomicBool,
+}
+
+impl SqlitePublisher {
+    pub(super) fn new(store: Arc<Store>) -> Self {
+        Self { store, closed: AtomicBool::new(false) }
+    }
+
+    fn open(&self) -> Result<()> {
+        self.store.is_open()?;
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("publisher")) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for SqlitePublisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqlitePublisher").field("file", &self.store.path).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Publisher for SqlitePublisher {
+    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
+        self.open()?;
+        let admitted = Admitted::check(batch, self.store.options.max_event_bytes);
+        admitted.fits(MAX_WAITING_EVENTS, MAX_WAITING_BYTES)?;
+        let closed = |_| Error::closed("store");
+        let events_room =
+            self.store.room_events.acquire_many(admitted.events.len() as u32).await.map_err(closed)?;
+        let bytes_room = self.store.room_bytes.acquire_many(admitted.n_bytes as u32).await.map_err(closed)?;
+        self.open()?;
+        let n_bytes = admitted.n_bytes;
+        let (events, refused) = admitted.into_parts();
+        let (confirm, resolver) = Confirm::waiting(events.len() + refused.len());
+        let n_events = events.len();
+        let publish = Publish {
+            topic: topic.clone(),
+            events,
+            refused,
+            resolver,
+            stored: Vec::new(),
+            room: Room { store: self.store.clone(), n_events, n_bytes },
+        };
+        self.store.send(Command::Job(Box::new(publish)))?;
+        // The job gives the room back when it is answered.
+        events_room.forget();
+        bytes_room.forget();
+        Ok(confirm)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        // Jobs are answered in the order they were sent.
+        self.store.write(|_| Ok(())).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Atomic::AcqRel) || self.store.closed.load(Atomic::Acquire) {
+            return Ok(());
+        }
+        self.flush().await
+    }
+}
+
+/// Room that a job holds; given back however the job ends.
+struct Room {
+    store: Arc<Store>,
+    n_events: usize,
+    n_bytes: usize,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.store.room_events.add_permits(self.n_events);
+        self.store.room_bytes.add_permits(self.n_bytes);
+    }
+}
+
+struct Publish {
+    topic: Topic,
+    events: Vec<Envelope>,
+    refused: Refused,
+    resolver: Resolver,
+    stored: Vec<Receipt>,
+    room: Room,
+}
+
+impl Job for Publish {
+    fn run(&mut self, round: &mut Round<'_>) -> Result<()> {
+        if self.events.is_empty() {
+            return Ok(());
+        }
+        self.stored = store_events(round, &self.topic, &self.events, self.room.store.options.partitions)?;
+        Ok(())
+    }
+
+    fn done(self: Box<Self>, outcome: Result<()>) {
+        let Self { events, refused, resolver, stored, room, .. } = *self;
+        let receipts = match outcome {
+            Ok(()) => Admitted::receipts(refused, stored.into_iter().map(Ok)),
+            Err(error) => Admitted::receipts(refused, events.iter().map(|_| Err(error.duplicate()))),
+        };
+        drop(room);
+        resolver.resolve(receipts);
+    }
+
+    fn size_bytes(&self) -> usize {
+        self.room.n_bytes
+    }
+}
+
+/// Stores events of one topic in the present transaction, creating the topic if it is missing.
+fn store_events(
+    round: &mut Round<'_>,
+    topic: &Topic,
+    events: &[Envelope],
+    partitions: u32,
+) -> Result<Vec<Receipt>> {
+    let (id, n_partitions) = topics::resolve_or_create(round, topic, partitions)?;
+    round.news = true;
+    let mut ends: HashMap<u32, (u64, i64)> = HashMap::new();
+    let mut receipts = Vec::with_capacity(events.len());
+    let mut insert = row::insert(round.connection)?;
+    let now = clock::wall();
+    for event in events {
+        let partition = partition::of_envelope(event, n_partitions);
+        let (next, stored_at) = match ends.get(&partition.0) {
+            Some(end) => *end,
+            None => {
+                let (next, last) = topics::end(round, id, partition.0)?;
+                (next, now.max(last))
+            }
+        };
+        if next >= MAX_OFFSET {
+            return Err(Error::new(ErrorKind::Full, "the partition has numbered all the events it can")
+                .with("topic", topic));
+        }
+        row::put(&mut insert, position(id, partition.0, next), stored_at, event)?;
+        ends.insert(partition.0, (next + 1, stored_at));
+        receipts.push(Receipt::new(partition, Offset(next)));
+    }
+    let sql = "UPDATE eventbus_partition SET next = ?3, last_stored = ?4 WHERE topic = ?1 AND partition = ?2";
+    let mut update = round.connection.prepare_cached(sql).map_err(from_sqlite)?;
+    for (partition, (next, stored_at)) in ends {
+        update.execute(params![id, partition, next, stored_at]).map_err(from_sqlite)?;
+    }
+    Ok(receipts)
+}

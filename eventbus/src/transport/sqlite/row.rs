@@ -1,0 +1,191 @@
+//! Events as rows: written and read back without loss; a row that is no event is kept as it is.
+
+use bytes::Bytes;
+use rusqlite::types::ValueRef;
+use rusqlite::{CachedStatement, Connection, Row, params};
+
+use super::clock;
+use super::schema::{from_sqlite, offset_of, position};
+use crate::envelope::Envelope;
+use crate::error::Result;
+use crate::header::Headers;
+use crate::id::EventId;
+use crate::name::Key;
+use crate::text::Text;
+use crate::transport::{Content, Undecodable};
+
+/// The columns in the order [`stored`] reads them.
+const COLUMNS: &str = "position, stored_at, id, source, type, version, subject, time, content_type, schema, key, extensions, headers, payload";
+
+/// An event with its place.
+#[derive(Debug)]
+pub(super) struct StoredRow {
+    pub(super) offset: u64,
+    pub(super) stored_at: std::time::SystemTime,
+    pub(super) content: Content,
+}
+
+/// Prepares the insertion of events.
+pub(super) fn insert(connection: &Connection) -> Result<CachedStatement<'_>> {
+    connection
+        .prepare_cached(
+            "INSERT INTO eventbus_event VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+        )
+        .map_err(from_sqlite)
+}
+
+/// Inserts one event.
+pub(super) fn put(
+    statement: &mut CachedStatement<'_>,
+    at: i64,
+    stored_at: i64,
+    event: &Envelope,
+) -> Result<()> {
+    let uuid = event.id().as_uuid();
+    let text_id = if uuid.is_none() { Some(event.id().to_string()) } else { None };
+    let id: &dyn rusqlite::ToSql = match (&uuid, &text_id) {
+        (Some(uuid), _) => &uuid.as_bytes().as_slice(),
+        (None, text) => text,
+    };
+    let block = |headers: &Headers| (!headers.is_empty()).then(|| headers.as_block().clone());
+    let (extensions, headers) = (block(event.extensions()), block(event.headers()));
+    statement
+        .execute(params![
+            at,
+            stored_at,
+            id,
+            event.source(),
+            event.event_type(),
+            event.version(),
+            event.subject(),
+            event.time().map(clock::to_nanos),
+            event.content_type(),
+            event.schema(),
+            event.key().map(Key::as_bytes),
+            extensions.as_deref(),
+            headers.as_deref(),
+            event.payload().map(|payload| payload.as_ref()),
+        ])
+        .map(drop)
+        .map_err(from_sqlite)
+}
+
+/// Reads up to `max` events of a partition from an offset, until `max_bytes` are reached; at least one.
+pub(super) fn read(
+    connection: &Connection,
+    topic: i64,
+    partition: u32,
+    from: u64,
+    to: u64,
+    max: usize,
+    max_bytes: usize,
+) -> Result<Vec<StoredRow>> {
+    let sql = format!(
+        "SELECT {COLUMNS} FROM eventbus_event WHERE position >= ?1 AND position < ?2 ORDER BY position LIMIT ?3"
+    );
+    let mut statement = connection.prepare_cached(&sql).map_err(from_sqlite)?;
+    let bounds = params![position(topic, partition, from), position(topic, partition, to), max as i64];
+    let (mut texts, mut found, mut n_bytes) = (Texts::default(), Vec::new(), 0);
+    let mut rows = statement.query(bounds).map_err(from_sqlite)?;
+    while n_bytes < max_bytes.max(1) {
+        let Some(row) = rows.next().map_err(from_sqlite)? else { break };
+        let row = stored(row, &mut texts).map_err(from_sqlite)?;
+        n_bytes += row.content.size_bytes();
+        found.push(row);
+    }
+    Ok(found)
+}
+
+/// Attribute texts seen in one read: neighbours mostly share source, type and content type.
+#[derive(Default)]
+struct Texts(Vec<Text>);
+
+impl Texts {
+    fn share(&mut self, text: &str) -> Text {
+        if let Some(known) = self.0.iter().find(|known| &***known == text) {
+            return known.clone();
+        }
+        let text = Text::from(text.to_owned());
+        if self.0.len() < 8 {
+            self.0.push(text.clone());
+        }
+        text
+    }
+}
+
+fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<StoredRow> {
+    let place: i64 = row.get(0)?;
+    let content = match envelope(row, texts) {
+        Ok(envelope) => Content::Envelope(envelope),
+        Err(reason) => {
+            let headers = bytes(row, 12).ok().flatten().and_then(|block| Headers::from_block(block).ok());
+            let raw = match row.get_ref(13)? {
+                ValueRef::Null => None,
+                ValueRef::Blob(raw) | ValueRef::Text(raw) => Some(Bytes::copy_from_slice(raw)),
+                ValueRef::Integer(number) => Some(Bytes::from(number.to_string())),
+                ValueRef::Real(number) => Some(Bytes::from(number.to_string())),
+            };
+            Content::Undecodable(Box::new(Undecodable::new(raw, headers.unwrap_or_default(), reason)))
+        }
+    };
+    Ok(StoredRow { offset: offset_of(place), stored_at: clock::from_nanos(row.get(1)?), content })
+}
+
+fn bytes(row: &Row<'_>, column: usize) -> Result<Option<Bytes>, String> {
+    match row.get_ref(column) {
+        Ok(ValueRef::Null) => Ok(None),
+        Ok(ValueRef::Blob(blob)) => Ok(Some(Bytes::copy_from_slice(blob))),
+        _ => Err(format!("column {column} is not a blob")),
+    }
+}
+
+fn text<'a>(row: &'a Row<'_>, column: usize) -> Result<Option<&'a str>, String> {
+    match row.get_ref(column) {
+        Ok(ValueRef::Null) => Ok(None),
+        Ok(ValueRef::Text(text)) => {
+            std::str::from_utf8(text).map(Some).map_err(|_| format!("column {column} is not UTF-8"))
+        }
+        _ => Err(format!("column {column} is not text")),
+    }
+}
+
+fn envelope(row: &Row<'_>, texts: &mut Texts) -> Result<Envelope, String> {
+    let id = match row.get_ref(2) {
+        Ok(ValueRef::Blob(blob)) => {
+            EventId::from(uuid::Uuid::from_slice(blob).map_err(|_| "the id is no UUID")?)
+        }
+        Ok(ValueRef::Text(id)) => EventId::parse(std::str::from_utf8(id).map_err(|_| "the id is not UTF-8")?),
+        _ => return Err("the id is missing".into()),
+    };
+    let source = texts.share(text(row, 3)?.ok_or("the source is missing")?);
+    let event_type = texts.share(text(row, 4)?.ok_or("the type is missing")?);
+    let integer = |column: usize| {
+        row.get::<_, Option<i64>>(column).map_err(|_| format!("column {column} is not a number"))
+    };
+    let version = integer(5)?.map(u32::try_from).transpose().map_err(|_| "the version is out of range")?;
+    let block = |column| {
+        bytes(row, column)?.map_or(Ok(Headers::new()), |b| Headers::from_block(b).map_err(|e| e.to_string()))
+    };
+    let mut envelope = Envelope::new(event_type, source)
+        .with_id(id)
+        .with_version(version)
+        .with_time(integer(7)?.map(clock::from_nanos))
+        .with_extensions(block(11)?)
+        .with_headers(block(12)?);
+    if let Some(subject) = text(row, 6)? {
+        envelope = envelope.with_subject(subject.to_owned());
+    }
+    if let Some(content_type) = text(row, 8)? {
+        envelope = envelope.with_content_type(texts.share(content_type));
+    }
+    if let Some(schema) = text(row, 9)? {
+        envelope = envelope.with_schema(texts.share(schema));
+    }
+    if let Some(key) = bytes(row, 10)? {
+        envelope = envelope.with_key(Key::new(key));
+    }
+    if let Some(payload) = bytes(row, 13)? {
+        envelope = envelope.with_payload(payload);
+    }
+    Ok(envelope)
+}

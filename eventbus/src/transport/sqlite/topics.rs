@@ -1,0 +1,116 @@
+//! Topics and partitions as rows.
+
+use rusqlite::{OptionalExtension, params};
+
+use super::clock;
+use super::schema::{MAX_PARTITIONS, from_sqlite};
+use super::writer::Round;
+use crate::admin::{Retention, TopicSpec};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
+
+/// Finds a topic: its id and number of partitions.
+pub(super) fn resolve(round: &mut Round<'_>, topic: &Topic) -> Result<Option<(i64, u32)>> {
+    if let Some(known) = round.topics.get(topic.as_str()) {
+        return Ok(Some(*known));
+    }
+    let found = round
+        .connection
+        .prepare_cached("SELECT id, partitions FROM eventbus_topic WHERE name = ?1")
+        .and_then(|mut s| s.query_row([topic.as_str()], |row| Ok((row.get(0)?, row.get(1)?))).optional())
+        .map_err(from_sqlite)?;
+    if let Some(found) = found {
+        round.topics.insert(topic.as_str().to_owned(), found);
+    }
+    Ok(found)
+}
+
+pub(super) fn resolve_or_create(round: &mut Round<'_>, topic: &Topic, partitions: u32) -> Result<(i64, u32)> {
+    match resolve(round, topic)? {
+        Some(found) => Ok(found),
+        None => create(round, topic, partitions, Retention::default()),
+    }
+}
+
+/// Finds a topic that must exist.
+pub(super) fn existing(round: &mut Round<'_>, topic: &Topic) -> Result<(i64, u32)> {
+    resolve(round, topic)?.ok_or_else(|| Error::not_found("there is no such topic").with("topic", topic))
+}
+
+fn create(round: &mut Round<'_>, topic: &Topic, partitions: u32, retention: Retention) -> Result<(i64, u32)> {
+    if partitions > MAX_PARTITIONS {
+        return Err(
+            Error::config("a topic of this store has at most 4096 partitions").with("partitions", partitions)
+        );
+    }
+    let run = round.connection.execute(
+        "INSERT INTO eventbus_topic (name, partitions, max_age, max_events) VALUES (?1, ?2, ?3, ?4)",
+        params![
+            topic.as_str(),
+            partitions,
+            retention.max_age.map(clock::nanos),
+            retention.max_events.map(|events| events.get()),
+        ],
+    );
+    run.map_err(from_sqlite)?;
+    let id = round.connection.last_insert_rowid();
+    let mut insert = round
+        .connection
+        .prepare_cached("INSERT INTO eventbus_partition (topic, partition) VALUES (?1, ?2)")
+        .map_err(from_sqlite)?;
+    for partition in 0..partitions {
+        insert.execute(params![id, partition]).map_err(from_sqlite)?;
+    }
+    round.news = true;
+    round.topics.insert(topic.as_str().to_owned(), (id, partitions));
+    Ok((id, partitions))
+}
+
+/// Creates a declared topic, or verifies it.
+pub(super) fn declare(round: &mut Round<'_>, spec: &TopicSpec) -> Result<bool> {
+    match resolve(round, &spec.topic)? {
+        None => create(round, &spec.topic, spec.partitions.get(), spec.retention).map(|_| true),
+        Some((_, found)) if found == spec.partitions.get() => Ok(false),
+        Some((_, found)) => Err(Error::new(
+            ErrorKind::Conflict,
+            "the topic has another number of partitions: keys would move",
+        )
+        .with("topic", &spec.topic)
+        .with("declared", spec.partitions)
+        .with("found", found)),
+    }
+}
+
+/// The next offset of a partition and the newest time stored in it.
+pub(super) fn end(round: &Round<'_>, topic: i64, partition: u32) -> Result<(u64, i64)> {
+    round
+        .connection
+        .prepare_cached(
+            "SELECT next, last_stored FROM eventbus_partition WHERE topic = ?1 AND partition = ?2",
+        )
+        .and_then(|mut statement| {
+            statement.query_row(params![topic, partition], |row| Ok((row.get(0)?, row.get(1)?)))
+        })
+        .map_err(from_sqlite)
+}
+
+/// Deletes a topic with its events, groups and positions.
+pub(super) fn delete(round: &mut Round<'_>, topic: &Topic) -> Result<()> {
+    let (id, partitions) = existing(round, topic)?;
+    round.topics.remove(topic.as_str());
+    round.news = true;
+    for partition in 0..partitions {
+        super::retention::remove(round, id, partition, super::schema::MAX_OFFSET)?;
+    }
+    for sql in [
+        "DELETE FROM eventbus_exception WHERE grp IN (SELECT id FROM eventbus_group WHERE topic = ?1)",
+        "DELETE FROM eventbus_cursor WHERE grp IN (SELECT id FROM eventbus_group WHERE topic = ?1)",
+        "DELETE FROM eventbus_member WHERE grp IN (SELECT id FROM eventbus_group WHERE topic = ?1)",
+        "DELETE FROM eventbus_group WHERE topic = ?1",
+        "DELETE FROM eventbus_partition WHERE topic = ?1",
+        "DELETE FROM eventbus_topic WHERE id = ?1",
+    ] {
+        round.connection.execute(sql, [id]).map_err(from_sqlite)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! The house rules that a machine can read: arrows between modules, file lengths, public names.
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Most lines of a file.
+const MAX_LINES: usize = 800;
+
+/// What a module of `eventbus` may not use: `(module, forbidden, why)`.
+const ARROWS: &[(&str, &[&str], &str)] = &[
+    ("error.rs", &["crate::transport", "crate::bus", "crate::envelope"], "errors know nobody"),
+    ("header.rs", &["crate::transport", "crate::bus", "crate::envelope"], "headers are below the envelope"),
+    (
+        "envelope.rs",
+        &["crate::transport", "crate::bus", "crate::subscription", "crate::event"],
+        "the envelope is below the contract",
+    ),
+    ("capability.rs", &["crate::transport", "crate::bus", "crate::subscription"], "capabilities are data"),
+    ("subscription.rs", &["crate::transport", "crate::bus"], "a subscription is what a transport is given"),
+    ("codec/", &["crate::transport", "crate::bus", "crate::envelope"], "codecs see bytes"),
+    (
+        "transport/",
+        &[
+            "crate::bus",
+            "crate::router",
+            "crate::driver",
+            "crate::handler",
+            "crate::extract",
+            "crate::layer",
+            "crate::service",
+        ],
+        "a transport never sees handlers, routers or layers",
+    ),
+    (
+        "conformance/",
+        &["crate::bus", "transport::memory", "transport::sqlite"],
+        "the suite knows only the contract",
+    ),
+];
+
+/// Crates whose types may stand in public signatures outside of a transport's own module.
+const BROKER_CRATES: &[&str] = &["rusqlite::", "rdkafka::", "lapin::", "async_nats::", "redis::", "sqlx::"];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        let name = entry.file_name();
+        if path.is_dir() {
+            if name != "target" && name != ".git" {
+                sources(&path, found);
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+fn all_sources() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    sources(&root(), &mut found);
+    assert!(found.len() > 30, "the walk found only {} files", found.len());
+    found
+        .into_iter()
+        .map(|path| {
+            (path.strip_prefix(root()).unwrap().display().to_string(), fs::read_to_string(&path).unwrap())
+        })
+        .collect()
+}
+
+#[test]
+fn no_file_is_longer_than_it_may_be() {
+    let long: Vec<_> = all_sources()
+        .into_iter()
+        .map(|(path, text)| (path, text.lines().count()))
+        .filter(|(_, n)| *n > MAX_LINES)
+        .collect();
+    assert!(long.is_empty(), "split by concept: {long:?}");
+    let map = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    assert!(map.lines().count() <= 150, "ARCHITECTURE.md is a map, not a manual");
+}
+
+#[test]
+fn arrows_point_one_way() {
+    let wrong: Vec<_> = all_sources()
+        .iter()
+        .filter_map(|(path, text)| Some((path.strip_prefix("eventbus/src/")?, text)))
+        .flat_map(|(path, text)| wrong_arrows(path, text))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+fn wrong_arrows(path: &str, text: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (module, forbidden, why) in ARROWS.iter().filter(|(module, ..)| path.starts_with(module)) {
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        for (at, line) in code.enumerate() {
+            for name in forbidden.iter().filter(|name| line.contains(**name)) {
+                wrong.push(format!("{path} line {}: {name} in {module}: {why}", at + 1));
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn a_wrong_arrow_is_found() {
+    assert_eq!(wrong_arrows("transport/memory/mod.rs", "use crate::router::Router;").len(), 1);
+    assert!(wrong_arrows("transport/memory/mod.rs", "/// like crate::router").is_empty());
+}
+
+#[test]
+fn broker_types_stay_in_their_modules() {
+    let leaks: Vec<_> = all_sources()
+        .iter()
+        .filter(|(path, _)| path.starts_with("eventbus/src/"))
+        .flat_map(|(path, text)| {
+            let public = text.lines().filter(|line| {
+                line.trim_start().starts_with("pub ") || line.trim_start().starts_with("pub fn")
+            });
+            let found: Vec<_> = public
+                .filter(|line| BROKER_CRATES.iter().any(|name| line.contains(name)))
+                .map(|line| format!("{path}: {}", line.trim()))
+                .collect();
+            found
+        })
+        .collect();
+    assert!(leaks.is_empty(), "{leaks:#?}");
+}
+
+/// The oldest compiler that the workspace declares must be enough for every crate it uses.
+#[test]
+fn dependencies_do_not_need_a_newer_compiler_than_we_declare() {
+    let cargo = std::env::var("CARGO").unwrap();
+    let output = std::process::Command::new(cargo)
+        .args(["metadata", "--format-version", "1", "--offline", "--all-features"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let declared = manifest
+        .lines()
+        .find_map(|line| line.strip_prefix("rust-version = "))
+        .unwrap()
+        .trim_matches('"')
+        .to_owned();
+    let parse =
+        |version: &str| version.split('.').map(|part| part.parse::<u32>().unwrap_or(0)).collect::<Vec<_>>();
+    let needed = text.split("\"rust_version\":\"").skip(1).filter_map(|rest| rest.split('"').next());
+    let mut n_checked = 0;
+    for version in needed {
+        n_checked += 1;
+        assert!(
+            parse(version) <= parse(&declared) || version.starts_with(&declared),
+            "a crate needs {version}, we declare {declared}"
+        );
+    }
+    assert!(n_checked > 10, "metadata named only {n_checked} versions");
+}

@@ -1,0 +1,89 @@
+//! The project's own commands.
+//!
+//! `cargo xtask test` passes all tests and closes with one line that counts them.
+//! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
+       cargo xtask conformance URL";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        Some(("test", rest)) => test(rest),
+        Some(("conformance", [url])) => conformance(url),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("xtask: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs every test of the workspace, shows what cargo shows, and adds up the programs' closing lines.
+fn test(arguments: &[String]) -> std::io::Result<bool> {
+    let mut cargo = cargo();
+    cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
+    let mut child = cargo.spawn()?;
+    let (mut n_passed, mut n_failed, mut n_ignored) = (0, 0, 0);
+    let mut out = std::io::stdout();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines() {
+            let line = line?;
+            writeln!(out, "{line}")?;
+            if let Some(counts) = line.strip_prefix("test result: ") {
+                n_passed += count(counts, "passed");
+                n_failed += count(counts, "failed");
+                n_ignored += count(counts, "ignored");
+            }
+        }
+    }
+    let passed = child.wait()?.success();
+    // A program that died without its closing line failed, whatever the others counted.
+    let n_failed = if passed { n_failed } else { n_failed.max(1) };
+    let skipped = if n_ignored > 0 { format!(", {n_ignored} skipped") } else { String::new() };
+    writeln!(out, "{n_passed} passed, {n_failed} failed{skipped}")?;
+    Ok(passed)
+}
+
+/// The number before a word, as in `ok. 12 passed; 0 failed`.
+fn count(line: &str, word: &str) -> usize {
+    let words: Vec<&str> = line.split([' ', ';']).filter(|word| !word.is_empty()).collect();
+    words
+        .windows(2)
+        .find(|pair| pair.last() == Some(&word))
+        .and_then(|pair| pair.first()?.parse().ok())
+        .unwrap_or(0)
+}
+
+fn conformance(url: &str) -> std::io::Result<bool> {
+    let status = cargo()
+        .args(["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url])
+        .status()?;
+    Ok(status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_are_counted() {
+        let line = "FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.01s";
+        assert_eq!((count(line, "passed"), count(line, "failed"), count(line, "ignored")), (12, 3, 1));
+        assert_eq!(count("nothing here", "passed"), 0);
+    }
+}
