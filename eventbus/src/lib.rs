@@ -30,35 +30,50 @@
 //! ```
 
 pub mod admin;
+mod backoff;
 mod bus;
 pub mod capability;
 pub mod codec;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod driver;
 pub mod envelope;
 mod error;
 mod event;
+mod extract;
+mod failure;
+mod handler;
 pub mod header;
 mod id;
 mod name;
+mod outcome;
 pub mod partition;
+mod service;
 mod subscription;
 mod text;
+pub mod time;
 pub mod transport;
 pub mod url;
 
 pub use eventbus_derive::{Command, Event};
 
 pub use self::admin::{Admin, Offset, TopicSpec};
+pub use self::backoff::Retry;
 pub use self::bus::{Bus, TypedPublisher, connect};
 pub use self::capability::Capabilities;
+pub use self::driver::{Counts, Running};
 pub use self::envelope::Envelope;
 pub use self::error::{Class, Error, ErrorKind, Result};
 pub use self::event::{Command, Event, Message};
+pub use self::extract::{Attempt, Context, Extract, FromState, Meta, State, Typed};
+pub use self::failure::Failure;
+pub use self::handler::Handler;
 pub use self::header::Headers;
 pub use self::id::EventId;
 pub use self::name::{Group, Key, MAX_GROUP_BYTES, MAX_KEY_BYTES, MAX_TOPIC_BYTES, Topic};
+pub use self::outcome::{Emit, Emits, IntoOutcome, Outcome};
 pub use self::partition::PartitionId;
+pub use self::service::{Guard, Service};
 pub use self::subscription::{Audience, Start, Subscription};
 pub use self::text::Text;
 pub use self::transport::{

@@ -113,6 +113,7 @@ macro_rules! __conformance_list {
             C22 reopen_rounds_lose_nothing []
             C23 garbage_is_a_delivery [Raw]
             C24 deleted_topic_is_an_error []
+            C26 returned_is_not_an_attempt []
             O1 per_key_order []
             O2 per_topic_order []
             O3 retry_comes_before_later_events_of_its_key []

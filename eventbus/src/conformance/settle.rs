@@ -596,6 +596,33 @@ pub(super) async fn reopen_rounds_lose_nothing(mut cx: Cx) -> Checked {
     book.complete()
 }
 
+pub(super) async fn returned_is_not_an_attempt(mut cx: Cx) -> Checked {
+    let mut s = cx.setup().await?;
+    let events = cx.events(6, 1);
+    s.publish(&events).await?;
+    for _ in 0..3 {
+        let got = s.member.take(6).await?;
+        let mut book = Book::new(&events);
+        book.record_all(&got)?;
+        if s.capabilities.ordering >= Ordering::PerKey {
+            book.in_order(false)?;
+        }
+        if s.capabilities.attempts == Attempts::Exact {
+            let counts: Vec<_> = got.iter().map(|delivery| delivery.attempt.map(u32::from)).collect();
+            ensure!(
+                counts.iter().all(|count| *count == Some(1)),
+                "attempts of events that were returned: {counts:?}"
+            );
+        }
+        // From the last to the first: each returns to its place all the same.
+        for delivery in got.iter().rev() {
+            s.member.settle(std::slice::from_ref(delivery), Settle::Return).await?;
+        }
+    }
+    let got = s.member.take(6).await?;
+    s.member.ack(&got).await
+}
+
 pub(super) async fn garbage_is_a_delivery(mut cx: Cx) -> Checked {
     let mut s = cx.setup().await?;
     let (before, after) = (cx.events(3, 3), cx.events(3, 3));

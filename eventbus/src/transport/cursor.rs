@@ -71,6 +71,13 @@ pub(crate) enum Settling {
     Lost,
 }
 
+/// Whether a handing-out counts as an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Counted {
+    Yes,
+    No,
+}
+
 #[derive(Debug)]
 struct Slot {
     state: State,
@@ -200,7 +207,7 @@ impl Cursor {
         }
         let ended: Vec<u64> =
             self.offsets(|state| matches!(state, State::InHand { until, .. } if *until <= now));
-        let size = ended.iter().map(|offset| self.give_back(*offset, None)).sum();
+        let size = ended.iter().map(|offset| self.give_back(*offset, None, Counted::Yes)).sum();
         self.expiry = self
             .slots
             .iter()
@@ -215,7 +222,7 @@ impl Cursor {
     /// Gives back everything in hand, for the next owner. The deliveries count as attempts.
     pub(crate) fn abandon(&mut self) {
         for offset in self.offsets(|state| matches!(state, State::InHand { .. })) {
-            self.give_back(offset, None);
+            self.give_back(offset, None, Counted::Yes);
         }
         self.expiry = None;
     }
@@ -241,9 +248,12 @@ impl Cursor {
                 self.bytes_in_hand -= size;
                 self.advance();
             }
-            Settle::Retry { after } => {
-                let due = after.and_then(|after| now.checked_add(after));
-                self.give_back(offset, due);
+            Settle::Retry { .. } | Settle::Return => {
+                let (due, counted) = match how {
+                    Settle::Retry { after } => (after.and_then(|after| now.checked_add(after)), Counted::Yes),
+                    _ => (None, Counted::No),
+                };
+                self.give_back(offset, due, counted);
                 // The token stays good for a repeated settle: only an ended lease voids it.
                 if let Some(slot) = self.slots.get_mut(at as usize) {
                     slot.handout = handout;
@@ -343,12 +353,14 @@ impl Cursor {
     }
 
     /// Turns an event in hand into a waiting one and voids its token; returns its size.
-    fn give_back(&mut self, offset: u64, due: Option<Instant>) -> usize {
+    fn give_back(&mut self, offset: u64, due: Option<Instant>, counted: Counted) -> usize {
         let Some(slot) = self.slot(offset) else { return 0 };
         let State::InHand { content, .. } = &slot.state else { return 0 };
         let (content, size) = (content.clone(), content.size_bytes());
         slot.state = State::Waiting { due, content };
-        slot.attempt = slot.attempt.saturating_add(1);
+        if counted == Counted::Yes {
+            slot.attempt = slot.attempt.saturating_add(1);
+        }
         slot.handout = slot.handout.wrapping_add(1);
         self.n_in_hand -= 1;
         self.bytes_in_hand -= size;

@@ -171,6 +171,8 @@ pub enum Settle {
         /// The least delay; `None` = at once.
         after: Option<Duration>,
     },
+    /// It was not handled: deliver it again at once, in its place, without counting an attempt.
+    Return,
     /// Never deliver again to this group. Other groups are not affected.
     Reject,
 }

@@ -235,6 +235,7 @@ impl Consumer for MutantConsumer {
                         how = Settle::Ack;
                     }
                     (Some(Defect::ForgetsRetry), Settle::Retry { .. }, _) => how = Settle::Ack,
+                    (Some(Defect::ReturnCounts), Settle::Return, _) => how = Settle::Retry { after: None },
                     (Some(Defect::DelayIgnored), Settle::Retry { .. }, _) => {
                         how = Settle::Retry { after: None }
                     }

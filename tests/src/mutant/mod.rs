@@ -108,6 +108,7 @@ mutants! {
     SettleAfterCloseOk "settle_after_close_ok" on Plain: "C18";
     CloseHangsPoll "close_hangs_poll" on Plain: "C20";
     CloseAcksFetched "close_acks_fetched" on Plain: "C22";
+    ReturnCounts "return_counts" on Plain: "C26";
     GhostOnDelete "ghost_on_delete" on Plain: "C24";
     // Order and replay.
     EarlyHandover "early_handover" on Plain: "O5";

@@ -1,0 +1,216 @@
+//! Lanes: events of one key wait for each other, keys do not.
+
+use std::collections::{HashMap, VecDeque};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::admin::Offset;
+use crate::name::Key;
+use crate::partition::PartitionId;
+use crate::transport::{Delivery, Token};
+
+/// What orders a delivery among others: its key, or itself alone.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Lane {
+    Key(Key),
+    Alone(Token),
+}
+
+impl Lane {
+    pub(super) fn of(delivery: &Delivery) -> Self {
+        match delivery.content.envelope().and_then(|envelope| envelope.key()) {
+            Some(key) => Self::Key(key.clone()),
+            None => Self::Alone(delivery.token),
+        }
+    }
+}
+
+/// Deliveries that wait for a worker. Its size is bounded by the subscription's window: only what was
+/// polled is in it, and polling stops when the window is full.
+#[derive(Default)]
+pub(super) struct Lanes {
+    inner: Mutex<Inner>,
+    arrived: Notify,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// Lanes at work, with the deliveries that wait behind the one that runs.
+    busy: HashMap<Lane, VecDeque<Delivery>>,
+    /// Deliveries whose lane is free.
+    ready: VecDeque<(Lane, Delivery)>,
+    /// Lanes whose event was handed back: nothing later runs before that event is here again.
+    paused: HashMap<Lane, (PartitionId, Option<Offset>)>,
+    closed: bool,
+}
+
+impl Lanes {
+    /// Adds deliveries in order. Returns those that are to go back, because an earlier event of their
+    /// lane was handed back while they were on their way.
+    #[must_use]
+    pub(super) fn add(&self, deliveries: Vec<Delivery>) -> Vec<Token> {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        let mut early = Vec::new();
+        for delivery in deliveries {
+            let lane = Lane::of(&delivery);
+            match inner.paused.get(&lane) {
+                Some((_, awaited)) if delivery.offset > *awaited => {
+                    early.push(delivery.token);
+                    continue;
+                }
+                Some(_) => drop(inner.paused.remove(&lane)),
+                None => {}
+            }
+            match inner.busy.get_mut(&lane) {
+                Some(behind) => behind.push_back(delivery),
+                None => {
+                    inner.busy.insert(lane.clone(), VecDeque::new());
+                    inner.ready.push_back((lane, delivery));
+                    self.arrived.notify_one();
+                }
+            }
+        }
+        early
+    }
+
+    /// Stops a lane until the event that is handed back returns. Returns what waited behind it.
+    #[must_use]
+    pub(super) fn pause(
+        &self,
+        lane: &Lane,
+        partition: PartitionId,
+        awaited: Option<Offset>,
+    ) -> VecDeque<Delivery> {
+        let mut inner = self.inner.lock();
+        if matches!(lane, Lane::Key(_)) {
+            inner.paused.insert(lane.clone(), (partition, awaited));
+        }
+        inner.busy.get_mut(lane).map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Forgets what is awaited of partitions that are no longer ours.
+    pub(super) fn forget(&self, partitions: &[PartitionId]) {
+        self.inner.lock().paused.retain(|_, (partition, _)| !partitions.contains(partition));
+    }
+
+    /// Waits for a delivery whose lane is free; `None` when closed.
+    pub(super) async fn next(&self) -> Option<(Lane, Delivery)> {
+        loop {
+            {
+                let mut inner = self.inner.lock();
+                if let Some(ready) = inner.ready.pop_front() {
+                    if !inner.ready.is_empty() {
+                        // A notification holds one permit; pass it on while there is more.
+                        self.arrived.notify_one();
+                    }
+                    return Some(ready);
+                }
+                if inner.closed {
+                    self.arrived.notify_one();
+                    return None;
+                }
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    /// Frees the lane; returns the delivery that waited behind, which runs next.
+    pub(super) fn done(&self, lane: &Lane) -> Option<Delivery> {
+        let mut inner = self.inner.lock();
+        let next = inner.busy.get_mut(lane).and_then(VecDeque::pop_front);
+        if next.is_none() {
+            inner.busy.remove(lane);
+        }
+        next
+    }
+
+    /// Takes back everything that has not begun.
+    pub(super) fn take_waiting(&self) -> Vec<Delivery> {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        let mut waiting = Vec::new();
+        for (lane, delivery) in inner.ready.drain(..) {
+            inner.busy.remove(&lane).into_iter().for_each(|behind| waiting.extend(behind));
+            waiting.push(delivery);
+        }
+        inner.busy.values_mut().for_each(|behind| waiting.extend(behind.drain(..)));
+        waiting
+    }
+
+    /// Lets the workers end when nothing is ready.
+    pub(super) fn close(&self) {
+        self.inner.lock().closed = true;
+        self.arrived.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Content, Envelope};
+
+    fn delivery(key: Option<&'static str>, n: u64) -> Delivery {
+        let event = Envelope::new("t", "/s");
+        let event = match key {
+            Some(key) => event.with_key(key),
+            None => event,
+        };
+        Delivery::new(Token::new(0, n), PartitionId(0), Content::Envelope(event)).with_offset(Offset(n))
+    }
+
+    #[tokio::test]
+    async fn a_key_runs_one_at_a_time_and_others_go_on() {
+        let lanes = Lanes::default();
+        let early = lanes.add(vec![
+            delivery(Some("a"), 1),
+            delivery(Some("a"), 2),
+            delivery(Some("b"), 3),
+            delivery(None, 4),
+            delivery(None, 5),
+        ]);
+        assert!(early.is_empty());
+        let mut taken = Vec::new();
+        for _ in 0..4 {
+            taken.push(lanes.next().await.unwrap());
+        }
+        assert_eq!(taken.iter().map(|(_, d)| d.token.low()).collect::<Vec<_>>(), [1, 3, 4, 5]);
+        assert_eq!(lanes.done(&taken[0].0).map(|d| d.token.low()), Some(2));
+        assert!(lanes.done(&taken[0].0).is_none());
+        lanes.close();
+        assert!(lanes.next().await.is_none() && lanes.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn what_has_not_begun_can_be_taken_back() {
+        let lanes = Lanes::default();
+        assert!(
+            lanes
+                .add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2), delivery(Some("b"), 3)])
+                .is_empty()
+        );
+        let (running, _) = lanes.next().await.unwrap();
+        let mut waiting: Vec<_> = lanes.take_waiting().iter().map(|d| d.token.low()).collect();
+        waiting.sort_unstable();
+        assert_eq!(waiting, [2, 3]);
+        assert!(lanes.done(&running).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_paused_lane_takes_nothing_before_the_awaited_event() {
+        let lanes = Lanes::default();
+        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
+        let (lane, first) = lanes.next().await.unwrap();
+        assert_eq!(lanes.pause(&lane, first.partition, first.offset).len(), 1);
+        assert!(lanes.done(&lane).is_none());
+        assert_eq!(lanes.add(vec![delivery(Some("a"), 3), delivery(Some("b"), 4)]), [Token::new(0, 3)]);
+        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
+        let order: Vec<_> = [lanes.next().await, lanes.next().await]
+            .into_iter()
+            .flatten()
+            .map(|(_, d)| d.token.low())
+            .collect();
+        assert_eq!(order, [4, 1]);
+    }
+}

@@ -1,0 +1,154 @@
+//! One topic of a service: its consumer, its routes, its books.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering as Atomic};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::Counts;
+use super::lanes::Lanes;
+use crate::bus::Bus;
+use crate::capability::{Lease, Ordering};
+use crate::envelope::Envelope;
+use crate::error::Result;
+use crate::name::{Group, Topic};
+use crate::partition::PartitionId;
+use crate::service::{BoundRoute, Policy};
+use crate::subscription::Subscription;
+use crate::transport::{Consumer, Delivery, Publisher, Token};
+
+pub(crate) struct Subscribed {
+    pub(super) topic: Topic,
+    pub(super) group: Group,
+    pub(super) dead_letters: Topic,
+    pub(super) routes: Vec<BoundRoute>,
+    pub(super) policy: Policy,
+    pub(super) source: String,
+    pub(super) consumer: Arc<dyn Consumer>,
+    pub(super) publisher: Arc<dyn Publisher>,
+    /// Leases are renewed so often; `None` where there are none.
+    pub(super) renew_every: Option<Duration>,
+    pub(super) lease: Duration,
+    /// Whether the transport holds back later events of a key that was handed back.
+    pub(super) ordered: bool,
+    pub(super) lanes: Lanes,
+    pub(super) books: Mutex<HashMap<Token, PartitionId>>,
+    /// Rung whenever a delivery leaves the books.
+    pub(super) settled: Notify,
+    pub(super) counters: Counters,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) handled: AtomicU64,
+    pub(super) retried: AtomicU64,
+    pub(super) redelivered: AtomicU64,
+    pub(super) dead_lettered: AtomicU64,
+    pub(super) unknown: AtomicU64,
+}
+
+impl Subscribed {
+    pub(crate) async fn open(
+        bus: &Bus,
+        group: &Group,
+        topic: Topic,
+        routes: Vec<BoundRoute>,
+        policy: &Policy,
+    ) -> Result<Self> {
+        let capabilities = bus.transport().capabilities();
+        let mut subscription = Subscription::group(topic.clone(), group.clone())
+            .with_ordering(capabilities.ordering.min(Ordering::PerKey))
+            .with_window(policy.window)
+            .with_start(policy.start.clone());
+        if capabilities.delay {
+            subscription = subscription.with_delayed_retry();
+        }
+        Ok(Self {
+            dead_letters: topic.dead_letters()?,
+            source: format!("/{group}"),
+            group: group.clone(),
+            routes,
+            policy: policy.clone(),
+            publisher: bus.transport().publisher().await?,
+            consumer: bus.transport().subscribe(&subscription).await?,
+            renew_every: (capabilities.lease == Lease::Extendable).then_some(subscription.lease / 3),
+            lease: subscription.lease,
+            ordered: subscription.ordering >= Ordering::PerKey,
+            topic,
+            lanes: Lanes::default(),
+            books: Mutex::default(),
+            settled: Notify::new(),
+            counters: Counters::default(),
+        })
+    }
+
+    pub(super) fn route(&self, envelope: &Envelope) -> Option<&BoundRoute> {
+        self.routes.iter().find(|route| {
+            let typed = route.message.is_none_or(|(event_type, version)| {
+                envelope.event_type() == event_type && envelope.version().unwrap_or(1) == version
+            });
+            typed && route.guard.as_ref().is_none_or(|guard| guard.holds(envelope.headers()))
+        })
+    }
+
+    /// Whether a delivery is still ours.
+    pub(super) fn holds(&self, token: Token) -> bool {
+        self.books.lock().contains_key(&token)
+    }
+
+    pub(super) fn take(&self, deliveries: &[Delivery]) {
+        let again = deliveries
+            .iter()
+            .filter(|delivery| delivery.attempt.is_some_and(|attempt| attempt.get() > 1))
+            .count();
+        self.counters.redelivered.fetch_add(again as u64, Atomic::Relaxed);
+        self.books.lock().extend(deliveries.iter().map(|delivery| (delivery.token, delivery.partition)));
+    }
+
+    pub(super) fn strike(&self, tokens: impl Iterator<Item = Token>) {
+        {
+            let mut books = self.books.lock();
+            for token in tokens {
+                books.remove(&token);
+            }
+        }
+        self.settled.notify_waiters();
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Atomic::Relaxed);
+        Counts {
+            handled: read(&self.counters.handled),
+            retried: read(&self.counters.retried),
+            redelivered: read(&self.counters.redelivered),
+            dead_lettered: read(&self.counters.dead_lettered),
+            unknown: read(&self.counters.unknown),
+            in_flight: self.books.lock().len() as u64,
+        }
+    }
+}
+
+impl fmt::Display for Subscribed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { topic, group, policy, dead_letters, .. } = self;
+        let retry = policy.retry;
+        write!(
+            f,
+            "{topic} → {group}   {} lanes   {} attempts, {:?} to {:?}   dead letters: {dead_letters}",
+            policy.lanes, retry.attempts, retry.base, retry.max
+        )
+    }
+}
+
+impl fmt::Debug for Subscribed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscribed")
+            .field("topic", &self.topic)
+            .field("group", &self.group)
+            .finish_non_exhaustive()
+    }
+}

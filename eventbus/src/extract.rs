@@ -1,0 +1,125 @@
+//! Extractors: what a handler's arguments take from a delivery.
+
+use std::future::Future;
+use std::num::NonZeroU32;
+
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind};
+use crate::event::Message;
+use crate::failure::Failure;
+use crate::header::Headers;
+use crate::name::{Group, Topic};
+use crate::transport::Delivery;
+
+/// One delivery on its way to a handler.
+#[derive(Debug)]
+pub struct Context {
+    pub(crate) topic: Topic,
+    pub(crate) group: Group,
+    pub(crate) delivery: Delivery,
+    pub(crate) envelope: Envelope,
+}
+
+impl Context {
+    /// Returns the event with all its attributes.
+    pub fn envelope(&self) -> &Envelope {
+        &self.envelope
+    }
+
+    /// Returns the topic it came from.
+    pub fn topic(&self) -> &Topic {
+        &self.topic
+    }
+
+    /// Returns the group that handles it.
+    pub fn group(&self) -> &Group {
+        &self.group
+    }
+
+    /// Returns how often it was delivered, from 1; `None` where the transport does not count.
+    pub fn attempt(&self) -> Option<NonZeroU32> {
+        self.delivery.attempt
+    }
+}
+
+/// An argument of a handler.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be an argument of a handler with state `{S}`",
+    label = "not an extractor",
+    note = "extractors are Typed<E>, State<S>, Meta, Headers and Attempt"
+)]
+pub trait Extract<S>: Sized + Send {
+    /// The type and version this argument is for, which routes deliveries to the handler.
+    const MESSAGE: Option<(&'static str, u32)> = None;
+
+    /// Takes the argument from a delivery. A failure is the handler's outcome.
+    fn extract(context: &Context, state: &S) -> impl Future<Output = Result<Self, Failure>> + Send;
+}
+
+/// The decoded message. A body that does not decode is dead-lettered with its bytes.
+#[derive(Debug)]
+pub struct Typed<M>(pub M);
+
+impl<M: Message, S: Sync> Extract<S> for Typed<M> {
+    const MESSAGE: Option<(&'static str, u32)> = Some((M::TYPE, M::VERSION));
+
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        match context.envelope.decode() {
+            Ok(message) => Ok(Self(message)),
+            Err(error) => Err(Failure::poison("decode", error)),
+        }
+    }
+}
+
+/// The service's state, or a part of it.
+#[derive(Debug)]
+pub struct State<T>(pub T);
+
+/// A part of the state that [`State`] can take.
+pub trait FromState<S> {
+    /// Takes the part.
+    fn from_state(state: &S) -> Self;
+}
+
+impl<S: Clone> FromState<S> for S {
+    fn from_state(state: &S) -> Self {
+        state.clone()
+    }
+}
+
+impl<S: Sync, T: FromState<S> + Send> Extract<S> for State<T> {
+    async fn extract(_: &Context, state: &S) -> Result<Self, Failure> {
+        Ok(Self(T::from_state(state)))
+    }
+}
+
+/// The whole envelope: attributes, key, extensions.
+#[derive(Debug, Clone)]
+pub struct Meta(pub Envelope);
+
+impl<S: Sync> Extract<S> for Meta {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        Ok(Self(context.envelope.clone()))
+    }
+}
+
+impl<S: Sync> Extract<S> for Headers {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        Ok(context.envelope.headers().clone())
+    }
+}
+
+/// How often the event was delivered, from 1.
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt(pub NonZeroU32);
+
+impl<S: Sync> Extract<S> for Attempt {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        match context.attempt() {
+            Some(attempt) => Ok(Self(attempt)),
+            None => {
+                Err(Error::new(ErrorKind::Unsupported, "this transport does not count deliveries").into())
+            }
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! What a handler reports when it did not succeed: a class, a stable code, words.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::time::Duration;
+
+use crate::error::{Class, Error};
+
+/// Why a handler did not handle.
+///
+/// `?` turns errors into failures by their type: an [`Error`] of the bus by its class, an
+/// `std::io::Error` as transient unless it says otherwise, a `serde_json::Error` as poison, anything
+/// else as transient. It is no `std::error::Error` itself, so that this conversion can exist.
+pub struct Failure {
+    class: Class,
+    code: Cow<'static, str>,
+    message: String,
+    error_type: Cow<'static, str>,
+    retry_after: Option<Duration>,
+}
+
+impl Failure {
+    fn new(class: Class, code: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
+        Self {
+            class,
+            code: code.into(),
+            message: message.to_string(),
+            error_type: "".into(),
+            retry_after: None,
+        }
+    }
+
+    /// It may succeed later: retried with backoff, then dead-lettered.
+    pub fn transient(code: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Transient, code, message)
+    }
+
+    /// It never will: dead-lettered at once.
+    pub fn permanent(code: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Permanent, code, message)
+    }
+
+    /// The message itself cannot be understood: dead-lettered at once.
+    pub fn poison(code: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
+        Self::new(Class::Poison, code, message)
+    }
+
+    /// Asks for the next attempt not before a delay, instead of the policy's backoff.
+    #[must_use]
+    pub fn retry_after(mut self, delay: Duration) -> Self {
+        self.retry_after = Some(delay);
+        self
+    }
+
+    /// Returns how the failure is treated.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Returns the stable code, such as `payment.timeout`.
+    pub fn code(&self) -> &str {
+        &self.code
+    }
+
+    /// Returns the words, without payload.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Returns the Rust type of the error this came from; empty if there was none.
+    pub fn error_type(&self) -> &str {
+        &self.error_type
+    }
+
+    /// Returns the delay that was asked for.
+    pub fn delay(&self) -> Option<Duration> {
+        self.retry_after
+    }
+}
+
+impl<E: std::error::Error + Send + Sync + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let any: &(dyn std::error::Error + 'static) = &error;
+        let (class, code) = if let Some(bus) = any.downcast_ref::<Error>() {
+            (bus.kind().class(), format!("bus.{}", bus.kind()).replace(' ', "_").into())
+        } else if let Some(json) = any.downcast_ref::<serde_json::Error>() {
+            (if json.is_io() { Class::Transient } else { Class::Poison }, Cow::Borrowed("json"))
+        } else if let Some(io) = any.downcast_ref::<std::io::Error>() {
+            use std::io::ErrorKind as Io;
+            let permanent = matches!(
+                io.kind(),
+                Io::NotFound | Io::PermissionDenied | Io::InvalidInput | Io::InvalidData | Io::Unsupported
+            );
+            (if permanent { Class::Permanent } else { Class::Transient }, Cow::Borrowed("io"))
+        } else {
+            (Class::Transient, Cow::Borrowed("error"))
+        };
+        Self {
+            class,
+            code,
+            message: error.to_string(),
+            error_type: std::any::type_name::<E>().into(),
+            retry_after: None,
+        }
+    }
+}
+
+impl fmt::Debug for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {}: {}", self.class, self.code, self.message)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+
+    #[test]
+    fn errors_are_classed_by_type() {
+        let of = |error: Error| Failure::from(error).class();
+        assert_eq!(of(Error::new(ErrorKind::Full, "x")), Class::Transient);
+        assert_eq!(of(Error::new(ErrorKind::TooLarge, "x")), Class::Permanent);
+        assert_eq!(of(Error::new(ErrorKind::Undecodable, "x")), Class::Poison);
+        assert_eq!(Failure::from(serde_json::from_str::<u8>("x").unwrap_err()).class(), Class::Poison);
+        assert_eq!(
+            Failure::from(std::io::Error::from(std::io::ErrorKind::TimedOut)).class(),
+            Class::Transient
+        );
+        assert_eq!(Failure::from(std::fmt::Error).class(), Class::Transient);
+    }
+}

@@ -1,0 +1,225 @@
+//! A service: a durable group with routes from topics to handlers.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::backoff::Retry;
+use crate::bus::Bus;
+use crate::driver::{self, Running};
+use crate::error::{Error, Result};
+use crate::handler::{Bound, Handler, bind};
+use crate::name::{Group, Topic};
+use crate::subscription::{Start, Subscription};
+
+/// A condition on a header: `Guard::header("priority", "high")`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guard {
+    name: String,
+    value: Vec<u8>,
+}
+
+impl Guard {
+    /// Holds if the first header of this name has exactly this value.
+    pub fn header(name: impl Into<String>, value: impl AsRef<[u8]>) -> Self {
+        Self { name: name.into(), value: value.as_ref().to_vec() }
+    }
+
+    pub(crate) fn holds(&self, headers: &crate::Headers) -> bool {
+        headers.get(&self.name) == Some(&self.value)
+    }
+}
+
+/// Bounds and policies of a service's subscriptions.
+#[derive(Debug, Clone)]
+pub(crate) struct Policy {
+    pub(crate) lanes: NonZeroUsize,
+    pub(crate) window: NonZeroUsize,
+    pub(crate) retry: Retry,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) drain_within: Duration,
+    pub(crate) start: Start,
+}
+
+/// A durable consumer group whose handlers are async functions.
+///
+/// | Bound | Default | Option |
+/// |---|---|---|
+/// | keys handled in parallel, each topic | 32 | [`lanes`](Self::lanes) |
+/// | events in hand, each topic | 1,024 | [`window`](Self::window) |
+/// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
+/// | a run of a handler | unbounded | [`timeout`](Self::timeout) |
+/// | draining at the end | 25 s | [`drain_within`](Self::drain_within) |
+///
+/// Unknown types are acknowledged and counted; a body that does not decode, a permanent failure, and a
+/// transient one after its last attempt go to `<topic>.dlq`, confirmed before the source is settled.
+pub struct Service<S = ()> {
+    name: String,
+    routes: Vec<Route<S>>,
+    policy: Policy,
+}
+
+struct Route<S> {
+    topic: Topic,
+    name: &'static str,
+    message: Option<(&'static str, u32)>,
+    guard: Option<Guard>,
+    emit_to: Option<Topic>,
+    bind: Box<dyn FnOnce(S) -> Box<dyn Bound> + Send>,
+}
+
+/// A route whose handler has its state.
+pub(crate) struct BoundRoute {
+    pub(crate) name: &'static str,
+    pub(crate) message: Option<(&'static str, u32)>,
+    pub(crate) guard: Option<Guard>,
+    pub(crate) emit_to: Option<Topic>,
+    pub(crate) handler: Box<dyn Bound>,
+}
+
+impl<S: Clone + Send + Sync + 'static> Service<S> {
+    /// Names a service: the name is its consumer group and, after a `/`, the source of what it emits.
+    pub fn new(name: impl Into<String>) -> Self {
+        let policy = Policy {
+            lanes: NonZeroUsize::MIN.saturating_add(31),
+            window: Subscription::WINDOW,
+            retry: Retry::default(),
+            timeout: None,
+            drain_within: Duration::from_secs(25),
+            start: Start::Latest,
+        };
+        Self { name: name.into(), routes: Vec::new(), policy }
+    }
+
+    /// Routes events of a topic to a handler: those of the type and version that its [`Typed`](crate::Typed)
+    /// argument names, or all if it has none. Of several routes that match, the first wins.
+    #[must_use]
+    pub fn on<A: 'static, H: Handler<A, S>>(mut self, topic: Topic, handler: H) -> Self {
+        self.routes.push(Route {
+            topic,
+            name: short_name::<H>(),
+            message: H::MESSAGE,
+            guard: None,
+            emit_to: None,
+            bind: Box::new(move |state| bind(handler, state)),
+        });
+        self
+    }
+
+    /// Adds a condition to the route before.
+    #[must_use]
+    pub fn when(mut self, guard: Guard) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.guard = Some(guard);
+        }
+        self
+    }
+
+    /// Says where the route before publishes what it emits.
+    #[must_use]
+    pub fn emit_to(mut self, topic: Topic) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.emit_to = Some(topic);
+        }
+        self
+    }
+
+    /// Sets how many keys of a topic are handled in parallel; events of one key never are.
+    #[must_use]
+    pub fn lanes(mut self, lanes: NonZeroUsize) -> Self {
+        self.policy.lanes = lanes;
+        self
+    }
+
+    /// Sets the most events of a topic in hand.
+    #[must_use]
+    pub fn window(mut self, events: NonZeroUsize) -> Self {
+        self.policy.window = events;
+        self
+    }
+
+    /// Sets when failures are retried and given up.
+    #[must_use]
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.policy.retry = retry;
+        self
+    }
+
+    /// Ends a run of a handler after a time, as a transient failure.
+    #[must_use]
+    pub fn timeout(mut self, limit: Duration) -> Self {
+        self.policy.timeout = Some(limit);
+        self
+    }
+
+    /// Sets how long the service may finish what it holds when it is stopped.
+    #[must_use]
+    pub fn drain_within(mut self, budget: Duration) -> Self {
+        self.policy.drain_within = budget;
+        self
+    }
+
+    /// Sets where the group starts when it is new.
+    #[must_use]
+    pub fn start_at(mut self, start: Start) -> Self {
+        self.policy.start = start;
+        self
+    }
+
+    /// Gives the handlers their state.
+    #[must_use]
+    pub fn with_state(self, state: S) -> Service<()> {
+        let routes = self.routes.into_iter().map(|Route { topic, name, message, guard, emit_to, bind }| {
+            let state = state.clone();
+            Route { topic, name, message, guard, emit_to, bind: Box::new(move |()| bind(state)) }
+        });
+        Service { name: self.name, routes: routes.collect(), policy: self.policy }
+    }
+}
+
+impl Service<()> {
+    /// Joins the group on every topic of the routes and handles until it is stopped.
+    ///
+    /// # Errors
+    /// What [`Transport::subscribe`](crate::Transport::subscribe) reports, or a name that is not allowed.
+    pub async fn start(self, bus: &Bus) -> Result<Running> {
+        let group = Group::new(&self.name)?;
+        if self.routes.is_empty() {
+            return Err(Error::config("a service needs at least one route: .on(topic, handler)")
+                .with("service", &group));
+        }
+        let mut topics: BTreeMap<Topic, Vec<BoundRoute>> = BTreeMap::new();
+        for route in self.routes {
+            let bound = BoundRoute {
+                name: route.name,
+                message: route.message,
+                guard: route.guard,
+                emit_to: route.emit_to,
+                handler: (route.bind)(()),
+            };
+            topics.entry(route.topic).or_default().push(bound);
+        }
+        let mut running = Running::new(self.policy.drain_within);
+        for (topic, routes) in topics {
+            let subscription = driver::Subscribed::open(bus, &group, topic, routes, &self.policy).await?;
+            running.add(Arc::new(subscription));
+        }
+        Ok(running)
+    }
+
+    /// Runs until SIGTERM or Ctrl-C, then drains.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), or what ended a subscription.
+    pub async fn run(self, bus: &Bus) -> Result<()> {
+        let running = self.start(bus).await?;
+        driver::shutdown_signal().await;
+        running.stop().await
+    }
+}
+
+fn short_name<H>() -> &'static str {
+    let name = std::any::type_name::<H>();
+    name.rsplit("::").next().unwrap_or(name)
+}

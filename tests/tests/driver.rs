@@ -1,0 +1,369 @@
+//! The driver over each transport: order within keys, failures, dead letters, draining.
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use eventbus::{
+    Admin, Bus, Class, Emit, Envelope, Event, Failure, Meta, Offset, Retry, Service, State, Topic, TopicSpec,
+    Typed,
+};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+#[derive(Debug, Clone, Event, serde::Serialize, serde::Deserialize)]
+#[event(type = "test.step", version = 1, key = key)]
+struct Step {
+    key: String,
+    n: u32,
+}
+
+#[derive(Debug, Clone, Event, serde::Serialize, serde::Deserialize)]
+#[event(type = "test.echo", version = 1, key = key)]
+struct Echo {
+    key: String,
+    n: u32,
+}
+
+fn topic(name: &str) -> Topic {
+    Topic::new(name).unwrap()
+}
+
+fn quick() -> Retry {
+    Retry::exponential(Duration::from_millis(20), Duration::from_millis(100), NonZeroU32::new(6).unwrap())
+        .with_in_lane(NonZeroU32::MIN)
+}
+
+/// What handlers did, with a bell.
+#[derive(Clone, Default)]
+struct Log(Arc<(Mutex<Handled>, Notify)>);
+
+type Handled = Vec<(String, u32)>;
+
+impl Log {
+    fn add(&self, step: &Step) {
+        self.0.0.lock().push((step.key.clone(), step.n));
+        self.0.1.notify_waiters();
+    }
+
+    fn all(&self) -> Handled {
+        self.0.0.lock().clone()
+    }
+
+    async fn until(&self, n: usize) {
+        let reached = async {
+            loop {
+                let mut rung = std::pin::pin!(self.0.1.notified());
+                rung.as_mut().enable();
+                if self.0.0.lock().len() >= n {
+                    return;
+                }
+                rung.await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(30), reached).await;
+        assert!(waited.is_ok(), "only {} of {n} were handled", self.all().len());
+    }
+}
+
+async fn letters(bus: &Bus, of: &str, n: usize) -> Vec<Envelope> {
+    let dead = topic(of).dead_letters().unwrap();
+    let admin = bus.transport().admin().unwrap();
+    let mut found = Vec::new();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while found.len() < n {
+        assert!(tokio::time::Instant::now() < deadline, "{} of {n} dead letters", found.len());
+        found.clear();
+        let Some(info) = admin.topic(&dead).await.unwrap() else {
+            tokio::task::yield_now().await;
+            continue;
+        };
+        for partition in &info.partitions {
+            let records = admin.read(&dead, partition.partition, partition.first, 1_000).await.unwrap();
+            found.extend(records.iter().filter_map(|record| record.content.envelope().cloned()));
+        }
+        if found.len() < n {
+            let ends: Vec<_> = info.partitions.iter().map(|p| (p.partition, p.next)).collect();
+            admin.wait(&dead, &ends, Duration::from_millis(200)).await.unwrap();
+        }
+    }
+    found
+}
+
+/// Every test runs on both embedded transports.
+async fn on_each<F: AsyncFn(Bus)>(test: F) {
+    test(eventbus::connect("memory://?replay=10000").await.unwrap()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/bus.db", folder.path().display());
+    let bus = eventbus::connect(&url).await.unwrap();
+    test(bus.clone()).await;
+    bus.close().await.unwrap();
+}
+
+/// A failing event holds back its key, every key ends in order, nothing is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lanes_keep_key_order_through_failures() {
+    #[derive(Clone, Default)]
+    struct Shop {
+        log: Log,
+        failures: Arc<Mutex<HashMap<(String, u32), u32>>>,
+        running: Arc<Mutex<HashMap<String, u32>>>,
+    }
+    async fn handle(Typed(step): Typed<Step>, State(shop): State<Shop>) -> Result<(), Failure> {
+        let before = shop.running.lock().insert(step.key.clone(), step.n);
+        assert_eq!(before, None, "two events of key {} ran at once", step.key);
+        tokio::task::yield_now().await;
+        shop.running.lock().remove(&step.key);
+        let left = shop.failures.lock().get_mut(&(step.key.clone(), step.n)).map(|left| {
+            *left = left.saturating_sub(1);
+            *left
+        });
+        match left {
+            Some(left) if left > 0 => Err(Failure::transient("flaky", "not yet")),
+            _ => {
+                shop.log.add(&step);
+                Ok(())
+            }
+        }
+    }
+    on_each(async |bus| {
+        let shop = Shop::default();
+        let (n_keys, each) = (40, 15);
+        let mut random = fastrand::Rng::with_seed(7);
+        for key in 0..n_keys {
+            for n in 0..each {
+                if random.u8(..10) == 0 {
+                    shop.failures.lock().insert((format!("k{key}"), n), random.u32(2..5));
+                }
+            }
+        }
+        assert!(!shop.failures.lock().is_empty());
+        let service =
+            Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(shop.clone());
+        let running = service.start(&bus).await.unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        for n in 0..each {
+            let batch: Vec<_> = (0..n_keys).map(|key| Step { key: format!("k{key}"), n }).collect();
+            publisher.enqueue(&topic("steps"), &batch).await.unwrap().await.all().unwrap();
+        }
+        shop.log.until((n_keys * each) as usize).await;
+        running.stop().await.unwrap();
+        let mut next: HashMap<String, u32> = HashMap::new();
+        for (key, n) in shop.log.all() {
+            let expected = next.entry(key.clone()).or_default();
+            assert_eq!(*expected, n, "key {key} out of order");
+            *expected += 1;
+        }
+    })
+    .await;
+}
+
+/// While one key is handed back with a long delay, the others are not held up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failing_key_delays_nobody_else() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) -> Result<(), Failure> {
+        if step.key == "bad" && step.n == 0 {
+            return Err(Failure::transient("down", "for long").retry_after(Duration::from_secs(3_600)));
+        }
+        log.add(&step);
+        Ok(())
+    }
+    on_each(async |bus| {
+        let log = Log::default();
+        let service = Service::new("orders").on(topic("steps"), handle).with_state(log.clone());
+        let running = service.start(&bus).await.unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        let bad = [0, 1, 2].map(|n| Step { key: "bad".into(), n });
+        publisher.enqueue(&topic("steps"), &bad).await.unwrap().await.all().unwrap();
+        let good: Vec<_> = (0..300).map(|n| Step { key: format!("good{}", n % 10), n }).collect();
+        publisher.enqueue(&topic("steps"), &good).await.unwrap().await.all().unwrap();
+        publisher.publish(&topic("steps"), &Step { key: "bad".into(), n: 3 }).await.unwrap();
+        log.until(300).await;
+        assert!(log.all().iter().all(|(key, _)| key != "bad"), "a later event of the failing key ran");
+        running.stop().await.unwrap();
+    })
+    .await;
+}
+
+/// A panic is one failed delivery; the service lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_is_one_failed_delivery() {
+    async fn handle(Typed(step): Typed<Step>, State((log, runs)): State<(Log, Arc<AtomicUsize>)>) {
+        let first = runs.fetch_add(1, Ordering::Relaxed) == 0;
+        assert!(!first, "the first run panics");
+        log.add(&step);
+    }
+    on_each(async |bus| {
+        let state = (Log::default(), Arc::new(AtomicUsize::new(0)));
+        let service =
+            Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(state.clone());
+        let running = service.start(&bus).await.unwrap();
+        bus.publisher()
+            .await
+            .unwrap()
+            .publish(&topic("steps"), &Step { key: "a".into(), n: 1 })
+            .await
+            .unwrap();
+        state.0.until(1).await;
+        let counts = running.counts();
+        running.stop().await.unwrap();
+        assert_eq!((counts.retried, state.1.load(Ordering::Relaxed)), (1, 2));
+    })
+    .await;
+}
+
+/// Poison goes to the dead letters once, with its bytes and the reason; transient failures after
+/// bounded attempts; what decodes is untouched.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn poison_reaches_the_dead_letters_once() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) -> Result<(), Failure> {
+        match step.n {
+            1 => Err(Failure::permanent("never", "will not work")),
+            2 => Err(Failure::transient("always.down", "no answer")),
+            _ => {
+                log.add(&step);
+                Ok(())
+            }
+        }
+    }
+    on_each(async |bus| {
+        let log = Log::default();
+        let service =
+            Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(log.clone());
+        let running = service.start(&bus).await.unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        let garbage =
+            Envelope::new("test.step", "/t").with_version(1).with_key("g").with_payload("{\"key\": 7");
+        publisher.publish_envelope(&topic("steps"), garbage.clone()).await.unwrap();
+        publisher
+            .publish_envelope(&topic("steps"), Envelope::new("test.other", "/t").with_payload("?"))
+            .await
+            .unwrap();
+        let steps = [0, 1, 2, 3].map(|n| Step { key: format!("k{n}"), n });
+        publisher.enqueue(&topic("steps"), &steps).await.unwrap().await.all().unwrap();
+        let letters = letters(&bus, "steps", 3).await;
+        log.until(2).await;
+        let counts = running.counts();
+        running.stop().await.unwrap();
+        assert_eq!((letters.len(), counts.dead_lettered, counts.unknown), (3, 3, 1));
+        let by_reason = |reason: &str| {
+            letters
+                .iter()
+                .find(|letter| letter.extension("evt-dlq-reason") == Some(reason))
+                .unwrap_or_else(|| panic!("no {reason} in {letters:?}"))
+        };
+        let poison = by_reason("decode");
+        assert_eq!((poison.payload(), poison.id()), (garbage.payload(), garbage.id()));
+        assert_eq!(poison.extension("evt-dlq-origin"), Some("steps"));
+        assert_eq!(poison.extension("evt-dlq-group"), Some("orders"));
+        assert_eq!(by_reason("never").extension("evt-dlq-attempts"), Some("1"));
+        assert_eq!(by_reason("always.down").extension("evt-dlq-attempts"), Some("6"));
+        assert_eq!(by_reason("never").extension("evt-dlq-handler"), Some("handle"));
+    })
+    .await;
+}
+
+/// While the dead letter cannot be stored, the event is not settled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_dead_letter_keeps_the_event() {
+    async fn handle(Typed(_): Typed<Step>) -> Result<(), Failure> {
+        Err(Failure::permanent("never", "will not work"))
+    }
+    on_each(async |bus| {
+        // An event that fits its topic, and whose dead letter with its marks does not.
+        let limit = bus.transport().capabilities().max_event_bytes.unwrap();
+        let base = Envelope::new("test.step", "/t").with_version(1).with_key("big");
+        let body = format!("{{\"key\":\"big\",\"n\":1}}{}", " ".repeat(limit - base.size_bytes() - 20 - 8));
+        let service = Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(());
+        let running = service.start(&bus).await.unwrap();
+        bus.publisher()
+            .await
+            .unwrap()
+            .publish_envelope(&topic("steps"), base.with_payload(body))
+            .await
+            .unwrap();
+        let admin = bus.transport().admin().unwrap();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        while running.counts().redelivered < 2 {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "the event did not come again: {:?}",
+                running.counts()
+            );
+            tokio::task::yield_now().await;
+        }
+        let lag: u64 = admin.groups(Some(&topic("steps"))).await.unwrap().iter().map(|group| group.lag).sum();
+        assert_eq!((lag, running.counts().dead_lettered), (1, 0), "the event must stay");
+        running.stop().await.unwrap();
+    })
+    .await;
+}
+
+/// What a handler emits is stored before its input is settled, under an id that a repetition repeats.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn outputs_have_ids_that_repeat() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) -> Result<Emit<Echo>, Failure> {
+        log.add(&step);
+        Ok(Emit(Echo { key: step.key, n: step.n }))
+    }
+    async fn heard(Meta(envelope): Meta, State(ids): State<Arc<Mutex<Vec<Envelope>>>>) {
+        ids.lock().push(envelope);
+    }
+    on_each(async |bus| {
+        let (log, ids) = (Log::default(), Arc::<Mutex<Vec<Envelope>>>::default());
+        let echo =
+            Service::new("echo").on(topic("steps"), handle).emit_to(topic("echoes")).with_state(log.clone());
+        let ear = Service::new("ear").on(topic("echoes"), heard).with_state(ids.clone());
+        let (echo, ear) = (echo.start(&bus).await.unwrap(), ear.start(&bus).await.unwrap());
+        let input = Envelope::of(&Step { key: "a".into(), n: 1 }, "/t").unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        // The same input twice, as a redelivery would be.
+        publisher.publish_envelope(&topic("steps"), input.clone()).await.unwrap();
+        publisher.publish_envelope(&topic("steps"), input.clone()).await.unwrap();
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        while ids.lock().len() < 2 {
+            assert!(tokio::time::Instant::now() < deadline, "{} echoes", ids.lock().len());
+            tokio::task::yield_now().await;
+        }
+        echo.stop().await.unwrap();
+        ear.stop().await.unwrap();
+        let ids = ids.lock();
+        assert_eq!(ids[0].id(), ids[1].id());
+        assert_eq!(ids[0].extension("causationid").unwrap(), input.id().to_string());
+        assert_eq!(ids[0].source(), "/echo");
+    })
+    .await;
+}
+
+/// A stop finishes what runs and hands back what has not begun: nothing lost, nothing twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn drain_finishes_in_flight() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+        log.add(&step);
+    }
+    on_each(async |bus| {
+        let log = Log::default();
+        let service = || Service::new("orders").on(topic("steps"), handle).with_state(log.clone());
+        bus.transport().admin().unwrap().declare(&TopicSpec::new(topic("steps"))).await.unwrap();
+        let running = service().start(&bus).await.unwrap();
+        let steps: Vec<_> = (0..400).map(|n| Step { key: format!("k{}", n % 50), n }).collect();
+        bus.publisher().await.unwrap().enqueue(&topic("steps"), &steps).await.unwrap().await.all().unwrap();
+        log.until(60).await;
+        running.stop().await.unwrap();
+        let before = log.all().len();
+        assert!(before < 400, "nothing was left to hand over: the test proved nothing");
+        let running = service().start(&bus).await.unwrap();
+        log.until(400).await;
+        running.stop().await.unwrap();
+        let mut seen = log.all();
+        assert_eq!(seen.len(), 400, "events ran twice over a clean stop");
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), 400);
+    })
+    .await;
+}
