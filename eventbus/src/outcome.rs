@@ -71,6 +71,20 @@ impl Emits {
         Ok(self)
     }
 
+    /// Returns the events with their topics, for publishing outside a handler. Events without an id of
+    /// the caller's choice keep a fresh one.
+    pub fn into_envelopes(self, source: &str) -> Vec<(Topic, Envelope)> {
+        let complete = |output: Output| {
+            let envelope = output.envelope.with_source(source.to_owned());
+            let envelope = match output.id {
+                Some(id) => envelope.with_id(id),
+                None => envelope,
+            };
+            Some((output.topic?, envelope))
+        };
+        self.0.into_iter().filter_map(complete).collect()
+    }
+
     /// Tells whether there is nothing to publish.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -7,10 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use eventbus::{
-    Admin, Bus, Class, Emit, Envelope, Event, Failure, Meta, Offset, Retry, Service, State, Topic, TopicSpec,
-    Typed,
-};
+use eventbus::{Bus, Emit, Envelope, Event, Failure, Meta, Retry, Service, State, Topic, TopicSpec, Typed};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 

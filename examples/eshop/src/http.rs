@@ -1,0 +1,116 @@
+//! The shop's door: place, look at and cancel orders.
+
+use std::net::SocketAddr;
+
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use eventbus::{Bus, Error, ErrorKind};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::contracts::{CancelOrder, OrderId, UserCheckoutAccepted};
+use crate::machine::{Input, Next, on};
+use crate::shop::Shop;
+use crate::{basket, ordering};
+
+#[derive(Clone)]
+struct Door {
+    bus: Bus,
+    shop: Shop,
+}
+
+/// An order as a buyer writes it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewOrder {
+    buyer: u64,
+    product: u32,
+    quantity: u32,
+    amount_cents: u64,
+}
+
+/// Takes the address, so that a port in use is known at once.
+///
+/// # Errors
+/// [`Config`](ErrorKind::Config) naming the address.
+pub async fn bind(address: SocketAddr) -> eventbus::Result<tokio::net::TcpListener> {
+    tokio::net::TcpListener::bind(address).await.map_err(|error| {
+        Error::new(ErrorKind::Config, "the address cannot be listened on: choose another with --listen")
+            .with("address", address)
+            .caused_by(error)
+    })
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: tokio::net::TcpListener, bus: Bus, shop: Shop) {
+    let routes = Router::new()
+        .route("/v1/orders", post(place))
+        .route("/v1/orders/{id}", get(show))
+        .route("/v1/orders/{id}/cancel", post(cancel))
+        .route("/health", get(|| async { Json(json!({"status": "running"})) }))
+        .with_state(Door { bus, shop });
+    if let Err(error) = axum::serve(listener, routes).await {
+        tracing::error!(%error, "the door is closed");
+    }
+}
+
+fn problem(status: StatusCode, text: impl std::fmt::Display) -> Response {
+    (status, Json(json!({"error": text.to_string()}))).into_response()
+}
+
+fn unavailable(error: &Error) -> Response {
+    problem(StatusCode::SERVICE_UNAVAILABLE, error)
+}
+
+async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<NewOrder>) -> Response {
+    if order.quantity == 0 {
+        return problem(StatusCode::UNPROCESSABLE_ENTITY, "quantity must be at least 1");
+    }
+    let request = headers.get("x-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let NewOrder { buyer, product, quantity, amount_cents } = order;
+    let checkout = |order| UserCheckoutAccepted { order, buyer, product, quantity, amount_cents };
+    match basket::check_out(&door.bus, &door.shop, request, checkout).await {
+        Ok(order) => (StatusCode::ACCEPTED, Json(json!({"order": order}))).into_response(),
+        Err(error) => unavailable(&error),
+    }
+}
+
+async fn show(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
+    match door.shop.store.run(move |tables| ordering::find(tables, id)).await {
+        Ok(Some(order)) => Json(json!({
+            "order": order.id, "buyer": order.buyer, "product": order.product, "quantity": order.quantity,
+            "amount_cents": order.amount_cents, "status": order.status, "cancelled_by": order.cancelled_by,
+        }))
+        .into_response(),
+        Ok(None) => problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}")),
+        Err(error) => unavailable(&error),
+    }
+}
+
+async fn cancel(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
+    let order = match door.shop.store.run(move |tables| ordering::find(tables, id)).await {
+        Ok(Some(order)) => order,
+        Ok(None) => return problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}")),
+        Err(error) => return unavailable(&error),
+    };
+    if on(order.status, Input::Cancel) == Next::Refuse {
+        return problem(
+            StatusCode::CONFLICT,
+            format_args!("order {id} is {} and cannot be cancelled", order.status.as_str()),
+        );
+    }
+    let asked = async {
+        door.bus
+            .publisher()
+            .await?
+            .publish(&door.shop.topics.ordering_commands, &CancelOrder { order: id })
+            .await
+    };
+    match asked.await {
+        Ok(_) => (StatusCode::ACCEPTED, Json(json!({"order": id}))).into_response(),
+        Err(error) => unavailable(&error),
+    }
+}

@@ -1,0 +1,16 @@
+//! An e-shop of small services over the event bus: basket, ordering, grace task, catalog, payment,
+//! shipping and notification, each with its own tables, knowing of each other only [`contracts`].
+
+pub mod basket;
+pub mod catalog;
+pub mod contracts;
+pub mod http;
+pub mod machine;
+pub mod notification;
+pub mod ordering;
+pub mod orders_file;
+pub mod payment;
+pub mod shop;
+pub mod store;
+pub mod summary;
+pub mod timers;
