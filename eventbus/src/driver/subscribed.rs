@@ -86,8 +86,15 @@ impl Subscribed {
         })
     }
 
+    /// Finds the handler of an event. One that was redriven to a handler is for that handler alone.
     pub(super) fn route(&self, envelope: &Envelope) -> Option<&BoundRoute> {
-        self.routes.iter().find(|route| {
+        let group = envelope.extension("evt-replay-group");
+        if group.is_some_and(|group| group != self.group.as_str()) {
+            return None;
+        }
+        let handler =
+            group.and_then(|_| envelope.extension("evt-replay-handler")).filter(|name| !name.is_empty());
+        self.routes.iter().filter(|route| handler.is_none_or(|name| name == route.name)).find(|route| {
             let typed = route.message.is_none_or(|(event_type, version)| {
                 envelope.event_type() == event_type && envelope.version().unwrap_or(1) == version
             });

@@ -1,0 +1,268 @@
+//! `dlq`: dead letters: list, show, redrive.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use clap::{Args, Subcommand, ValueEnum};
+use eventbus::admin::Record;
+use eventbus::{Envelope, Topic};
+use serde_json::json;
+
+use crate::context::Session;
+use crate::exit::{Failure, Outcome};
+use crate::inspect::record_at;
+use crate::out::Out;
+use crate::out::row;
+use crate::range::{Bound, Range, resolve};
+use crate::reader::{Filter, Reader, event};
+use crate::{audit, record};
+
+/// Looks at dead letters and sends them back.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db dlq list --group-by reason
+///   eventctl -c sqlite://shop.db dlq redrive --reason payment.timeout --execute
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Dlq {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum By {
+    Reason,
+    Type,
+    Handler,
+    Key,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Lists the letters that are not redriven or resolved.
+    List {
+        /// Counts instead.
+        #[arg(long, value_enum)]
+        group_by: Option<By>,
+        /// Only letters of this topic.
+        #[arg(long, value_name = "TOPIC")]
+        dest: Option<Topic>,
+        #[command(flatten)]
+        filter: Filter,
+    },
+    /// Shows one letter whole.
+    Show {
+        /// Its place: topic.dlq/partition@offset.
+        reference: String,
+    },
+    /// Publishes letters again: by default only for the handler that failed.
+    Redrive {
+        /// Places of letters; without, the filters choose.
+        references: Vec<String>,
+        /// Only letters with this reason.
+        #[arg(long = "reason", alias = "group", value_name = "REASON")]
+        reason: Option<String>,
+        /// Only letters of this topic.
+        #[arg(long, value_name = "TOPIC")]
+        dest: Option<Topic>,
+        #[command(flatten)]
+        filter: Filter,
+        /// Where to: handler (only who failed), origin (everybody), or a topic.
+        #[arg(long, default_value = "handler", value_name = "handler|origin|TOPIC")]
+        to: String,
+        /// At most so many.
+        #[arg(long, default_value_t = 1000, value_name = "N")]
+        max: usize,
+        /// However many there are.
+        #[arg(long, conflicts_with = "max")]
+        all: bool,
+        /// Letters that were redriven so often are left alone.
+        #[arg(long, default_value_t = 2, value_name = "N")]
+        max_replays: u32,
+        /// Does it; without, only says what would be done.
+        #[arg(long)]
+        execute: bool,
+    },
+    /// Closes letters without running them again.
+    Resolve {
+        /// Places of letters.
+        #[arg(required = true)]
+        references: Vec<String>,
+        /// Why, for the audit.
+        #[arg(long, value_name = "TEXT")]
+        reason: String,
+        /// Does it; without, only says what would be done.
+        #[arg(long)]
+        execute: bool,
+    },
+}
+
+struct Letter {
+    place: String,
+    record: Record,
+    event: Envelope,
+}
+
+impl Letter {
+    fn mark(&self, name: &str) -> &str {
+        self.event.extension(name).unwrap_or("-")
+    }
+
+    fn n_replays(&self) -> u32 {
+        self.event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
+    }
+}
+
+async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Outcome<Vec<Letter>> {
+    let admin = session.admin()?;
+    let settled = audit::settled_letters(session).await?;
+    let wanted = dest.map(Topic::dead_letters).transpose()?;
+    let mut found = Vec::new();
+    for info in admin.topics().await? {
+        let of_dest = wanted.as_ref().is_none_or(|wanted| *wanted == info.topic);
+        if !info.topic.as_str().ends_with(".dlq") || !of_dest {
+            continue;
+        }
+        let spans = resolve(admin, &info.topic, Range { from: Bound::Start, to: Bound::End }).await?;
+        let mut reader = Reader::new(admin, info.topic.clone(), spans);
+        while let Some(record) = reader.next().await? {
+            let place = record::reference(&info.topic, &record);
+            let Some(event) = event(&record).filter(|_| filter.takes(&record.content)).cloned() else {
+                continue;
+            };
+            if !settled.contains(&place) {
+                found.push(Letter { place, record, event });
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn age(letter: &Letter) -> String {
+    let age = SystemTime::now().duration_since(letter.record.stored_at).unwrap_or_default();
+    format!("{:.0}s", age.as_secs_f64())
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Not found, refused for safety, or partial.
+pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome {
+    match &dlq.what {
+        What::List { group_by: None, dest, filter } => {
+            let rows = letters(session, dest.as_ref(), filter).await?.into_iter().map(|letter| {
+                row! {"ref": letter.place, "reason": letter.mark("evt-dlq-reason"), "group": letter.mark("evt-dlq-group"),
+                "handler": letter.mark("evt-dlq-handler"), "type": letter.event.event_type(),
+                "key": letter.event.key().map(|key| key.to_string()), "attempts": letter.mark("evt-dlq-attempts"),
+                "age": age(&letter), "error": letter.mark("evt-dlq-error-message")}
+            });
+            out.rows(rows.collect())
+        }
+        What::List { group_by: Some(by), dest, filter } => {
+            let mut groups: BTreeMap<(String, String), Vec<Letter>> = BTreeMap::new();
+            for letter in letters(session, dest.as_ref(), filter).await? {
+                let name = match by {
+                    By::Reason => letter.mark("evt-dlq-reason").to_owned(),
+                    By::Type => letter.event.event_type().to_owned(),
+                    By::Handler => letter.mark("evt-dlq-handler").to_owned(),
+                    By::Key => letter.event.key().map_or_else(|| "-".into(), |key| key.to_string()),
+                };
+                let handler = format!("{}.{}", letter.mark("evt-dlq-group"), letter.mark("evt-dlq-handler"));
+                groups.entry((name, handler)).or_default().push(letter);
+            }
+            let rows = groups.into_iter().map(|((name, handler), letters)| {
+                let (oldest, newest) = (letters.iter().min_by_key(|l| l.record.stored_at), letters.iter().max_by_key(|l| l.record.stored_at));
+                row! {"reason": name, "handler": handler, "count": letters.len(), "oldest": oldest.map(age), "newest": newest.map(age),
+                "sample": newest.map(|letter| letter.place.clone())}
+            });
+            out.rows(rows.collect())
+        }
+        What::Show { reference } => {
+            let (topic, record) = record_at(session, reference).await?;
+            let json = record::to_json(&session.broker, &topic, &record, None);
+            let text = if out.format().is_for_people() {
+                serde_json::to_string_pretty(&json).map_err(|error| Failure::Runtime(error.to_string()))?
+            } else {
+                json.to_string()
+            };
+            out.line(text)?;
+            eprintln!("next: eventctl dlq redrive {reference} --execute");
+            Ok(())
+        }
+        What::Redrive { references, reason, dest, filter, to, max, all, max_replays, execute } => {
+            let mut chosen = letters(session, dest.as_ref(), filter).await?;
+            chosen.retain(|letter| {
+                let named = references.is_empty() || references.contains(&letter.place);
+                named && reason.as_deref().is_none_or(|reason| letter.mark("evt-dlq-reason") == reason)
+            });
+            if let Some(missing) =
+                references.iter().find(|reference| !chosen.iter().any(|letter| letter.place == **reference))
+            {
+                return Err(Failure::NotFound(format!("there is no open dead letter at {missing}")));
+            }
+            let n_tired = chosen.iter().filter(|letter| letter.n_replays() >= *max_replays).count();
+            chosen.retain(|letter| letter.n_replays() < *max_replays);
+            if !all {
+                chosen.truncate(*max);
+            }
+            let tired = if n_tired > 0 {
+                format!("; {n_tired} left alone after {max_replays} replays")
+            } else {
+                String::new()
+            };
+            if !execute {
+                eprintln!(
+                    "would redrive {} dead letters to {to}{tired}; add --execute to do it",
+                    chosen.len()
+                );
+                return Ok(());
+            }
+            session.may_write()?;
+            redrive(session, &chosen, to).await?;
+            eprintln!("redrove {} dead letters to {to}{tired}", chosen.len());
+            Ok(())
+        }
+        What::Resolve { references, reason, execute } => {
+            let open = letters(session, None, &Filter::default()).await?;
+            if let Some(missing) =
+                references.iter().find(|reference| !open.iter().any(|letter| letter.place == **reference))
+            {
+                return Err(Failure::NotFound(format!("there is no open dead letter at {missing}")));
+            }
+            if !execute {
+                eprintln!("would resolve {} dead letters; add --execute to do it", references.len());
+                return Ok(());
+            }
+            session.may_write()?;
+            audit::note(session, "resolve", json!({"letters": references, "reason": reason})).await?;
+            eprintln!("resolved {} dead letters", references.len());
+            Ok(())
+        }
+    }
+}
+
+/// Publishes letters again, confirmed, oldest first, and only then notes that they are settled.
+async fn redrive(session: &Session, letters: &[Letter], to: &str) -> Outcome {
+    let publisher = session.bus.transport().publisher().await?;
+    for letter in letters {
+        let topic = match to {
+            "handler" | "origin" => Topic::new(letter.mark("evt-dlq-origin"))?,
+            other => Topic::new(other)?,
+        };
+        let count = letter.n_replays() + 1;
+        let mut event = letter
+            .event
+            .clone()
+            .without_extensions(|name| name.starts_with("evt-dlq-"))
+            .with_extension("evt-replay-of", &letter.place)
+            .with_extension("evt-replay-count", count.to_string());
+        if to == "handler" {
+            event = event
+                .with_extension("evt-replay-group", letter.mark("evt-dlq-group"))
+                .with_extension("evt-replay-handler", letter.mark("evt-dlq-handler"));
+        }
+        publisher.enqueue(&topic, vec![event]).await?.await.all()?;
+        audit::note(session, "redrive", json!({"letters": [letter.place], "to": to})).await?;
+    }
+    Ok(())
+}

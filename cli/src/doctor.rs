@@ -1,0 +1,96 @@
+//! `doctor`: is this bus fit to be trusted?
+
+use std::time::{Duration, Instant};
+
+use eventbus::{Envelope, Group, Polled, Settle, Subscription, Topic};
+
+use crate::context::Session;
+use crate::exit::{Failure, Outcome};
+use crate::out::Out;
+use crate::out::row;
+
+/// How long the canary may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Runs the checks; each is a row.
+///
+/// # Errors
+/// Check: one of them is false.
+pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
+    let mut rows = Vec::new();
+    let mut failed = Vec::new();
+    let mut check = |name: &str, outcome: Result<String, String>| {
+        let (state, detail) = match outcome {
+            Ok(detail) => ("ok", detail),
+            Err(detail) => {
+                failed.push(name.to_owned());
+                ("FAILED", detail)
+            }
+        };
+        rows.push(row! {"check": name, "state": state, "detail": detail});
+    };
+    let admin = session.admin()?;
+    let topics = admin.topics().await;
+    check(
+        "read",
+        topics.as_ref().map(|topics| format!("{} topics", topics.len())).map_err(ToString::to_string),
+    );
+    let letters: u64 = topics
+        .unwrap_or_default()
+        .iter()
+        .filter(|info| info.topic.as_str().ends_with(".dlq"))
+        .flat_map(|info| &info.partitions)
+        .map(|part| part.next.0 - part.first.0)
+        .sum();
+    check("dead letters", Ok(letters.to_string()));
+    let lag: u64 = admin.groups(None).await?.iter().map(|group| group.lag).sum();
+    check("lag of all groups", Ok(lag.to_string()));
+    if session.may_write().is_ok() {
+        check(
+            "canary: publish, consume, settle",
+            canary(session).await.map(|took| format!("{} ms", took.as_millis())),
+        );
+    }
+    out.rows(rows)?;
+    if failed.is_empty() { Ok(()) } else { Err(Failure::Check(format!("failed: {}", failed.join(", ")))) }
+}
+
+/// One event all the way round.
+async fn canary(session: &Session) -> Result<Duration, String> {
+    let text = |error: eventbus::Error| error.to_string();
+    let topic = Topic::new("_evt.doctor").map_err(text)?;
+    let group = Group::new(format!("doctor-{}", std::process::id())).map_err(text)?;
+    let transport = session.bus.transport();
+    let consumer =
+        transport.subscribe(&Subscription::group(topic.clone(), group.clone())).await.map_err(text)?;
+    let event = Envelope::new("evt.canary", "/eventctl").with_payload("chirp");
+    let id = event.id().clone();
+    let started = Instant::now();
+    let publisher = transport.publisher().await.map_err(text)?;
+    publisher.enqueue(&topic, vec![event]).await.map_err(text)?.await.all().map_err(text)?;
+    let arrives = async {
+        loop {
+            if let Polled::Deliveries(deliveries) =
+                consumer.poll(std::num::NonZeroUsize::MIN).await.map_err(text)?
+            {
+                let outcomes: Vec<_> =
+                    deliveries.iter().map(|delivery| (delivery.token, Settle::Ack)).collect();
+                consumer.settle(&outcomes).await.map_err(text)?.all().map_err(text)?;
+                if deliveries
+                    .iter()
+                    .any(|delivery| delivery.content.envelope().is_some_and(|event| *event.id() == id))
+                {
+                    return Ok(started.elapsed());
+                }
+            }
+        }
+    };
+    let took = tokio::time::timeout(PATIENCE, arrives)
+        .await
+        .map_err(|_| format!("nothing came within {PATIENCE:?}"))?;
+    consumer.close(Instant::now() + PATIENCE).await.map_err(text)?;
+    if let Some(admin) = transport.admin() {
+        admin.delete_group(&group, &topic).await.map_err(text)?;
+    }
+    took
+}

@@ -1,0 +1,219 @@
+//! `inspect` and `capabilities`: what there is, and how far it is.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, Subcommand};
+use eventbus::admin::GroupInfo;
+use eventbus::{Group, Offset, PartitionId, Topic};
+
+use crate::context::Session;
+use crate::exit::{Failure, Outcome};
+use crate::out::Out;
+use crate::out::row;
+use crate::record;
+
+/// Looks at topics, groups and records.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db inspect topics
+///   eventctl -c sqlite://shop.db inspect lag --crit 1000
+///   eventctl -c sqlite://shop.db inspect message orders/3@88
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Inspect {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// All topics.
+    Topics,
+    /// One topic, by partition.
+    Topic {
+        /// Its name.
+        topic: Topic,
+    },
+    /// All groups, by topic.
+    Groups,
+    /// One group, by topic and partition.
+    Group {
+        /// Its name.
+        group: Group,
+    },
+    /// How far groups are behind; exit code 7 on a breach.
+    Lag {
+        /// Only this group.
+        group: Option<Group>,
+        /// A lag above is a breach.
+        #[arg(long, value_name = "N")]
+        crit: Option<u64>,
+        /// An unsettled event older than this is a breach.
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        max_age: Option<Duration>,
+    },
+    /// One record.
+    Message {
+        /// Its place: topic/partition@offset.
+        reference: String,
+    },
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 30s or 5m".to_owned())
+}
+
+/// Reads `topic/partition@offset`.
+///
+/// # Errors
+/// Usage: it is not of that form.
+pub(crate) fn place(reference: &str) -> Outcome<(Topic, PartitionId, Offset)> {
+    let bad = || Failure::Usage(format!("expected topic/partition@offset, such as orders/3@88: {reference}"));
+    let (topic, rest) = reference.rsplit_once('/').ok_or_else(bad)?;
+    let (partition, offset) = rest.split_once('@').ok_or_else(bad)?;
+    let partition = partition.parse().map_err(|_| bad())?;
+    let offset = offset.parse().map_err(|_| bad())?;
+    Ok((Topic::new(topic)?, PartitionId(partition), Offset(offset)))
+}
+
+/// Reads the one record at a place.
+///
+/// # Errors
+/// Not found: there is none, or no longer.
+pub(crate) async fn record_at(
+    session: &Session,
+    reference: &str,
+) -> Outcome<(Topic, eventbus::admin::Record)> {
+    let (topic, partition, offset) = place(reference)?;
+    let gone = || Failure::NotFound(format!("there is no record at {reference}"));
+    let read = session.admin()?.read(&topic, partition, offset, 1).await;
+    let mut read = match read {
+        Err(error) if matches!(error.kind(), eventbus::ErrorKind::DataLoss { .. }) => return Err(gone()),
+        read => read?,
+    };
+    match read.pop() {
+        Some(record) if record.offset == offset => Ok((topic, record)),
+        _ => Err(gone()),
+    }
+}
+
+/// Sums a group's partitions of one topic.
+fn by_topic(groups: Vec<GroupInfo>) -> BTreeMap<(String, String), (u64, usize, usize)> {
+    let mut sums: BTreeMap<(String, String), (u64, usize, usize)> = BTreeMap::new();
+    for info in groups {
+        let sum = sums.entry((info.group.to_string(), info.topic.to_string())).or_default();
+        sum.0 += info.lag;
+        sum.1 += 1;
+        sum.2 += usize::from(info.owner.is_some());
+    }
+    sums
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// As the transport reports; a breached check.
+pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> Outcome {
+    let admin = session.admin()?;
+    match &inspect.what {
+        What::Topics => {
+            let rows = admin.topics().await?.into_iter().map(|info| {
+                let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
+                let ever: u64 = info.partitions.iter().map(|part| part.next.0).sum();
+                row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept, "ever": ever}
+            });
+            out.rows(rows.collect())
+        }
+        What::Topic { topic } => {
+            let info = admin
+                .topic(topic)
+                .await?
+                .ok_or_else(|| Failure::NotFound(format!("there is no topic {topic}")))?;
+            let rows = info.partitions.iter().map(|part| {
+                row! {"topic": topic.as_str(), "partition": part.partition.0, "first": part.first.0, "next": part.next.0,
+                "kept": part.next.0 - part.first.0}
+            });
+            out.rows(rows.collect())
+        }
+        What::Groups => {
+            let rows = by_topic(admin.groups(None).await?).into_iter().map(|((group, topic), (lag, partitions, owned))| {
+                row! {"group": group, "topic": topic, "partitions": partitions, "owned": owned, "lag": lag}
+            });
+            out.rows(rows.collect())
+        }
+        What::Group { group } => {
+            let found: Vec<_> =
+                admin.groups(None).await?.into_iter().filter(|info| info.group == *group).collect();
+            if found.is_empty() {
+                return Err(Failure::NotFound(format!("there is no group {group}")));
+            }
+            let rows = found.into_iter().map(|info| {
+                row! {"group": info.group.as_str(), "topic": info.topic.as_str(), "partition": info.partition.0,
+                "settled": info.settled.0, "end": info.end.0, "lag": info.lag, "owner": info.owner}
+            });
+            out.rows(rows.collect())
+        }
+        What::Lag { group, crit, max_age } => lag(session, out, group.as_ref(), *crit, *max_age).await,
+        What::Message { reference } => {
+            let (topic, record) = record_at(session, reference).await?;
+            let json = record::to_json(&session.broker, &topic, &record, None);
+            if out.format().is_for_people() {
+                let pretty = serde_json::to_string_pretty(&json)
+                    .map_err(|error| Failure::Runtime(error.to_string()))?;
+                return out.line(pretty);
+            }
+            out.line(json)
+        }
+    }
+}
+
+async fn lag(
+    session: &Session,
+    out: &mut Out,
+    group: Option<&Group>,
+    crit: Option<u64>,
+    max_age: Option<Duration>,
+) -> Outcome {
+    let admin = session.admin()?;
+    let mut groups = admin.groups(None).await?;
+    groups.retain(|info| group.is_none_or(|group| info.group == *group));
+    if let (Some(group), true) = (group, groups.is_empty()) {
+        return Err(Failure::NotFound(format!("there is no group {group}")));
+    }
+    let mut oldest: BTreeMap<(String, String), Duration> = BTreeMap::new();
+    for info in groups.iter().filter(|info| info.lag > 0) {
+        let read = admin.read(&info.topic, info.partition, info.settled, 1).await;
+        if let Some(record) = read.ok().and_then(|mut read| read.pop()) {
+            let age = SystemTime::now().duration_since(record.stored_at).unwrap_or_default();
+            let known = oldest.entry((info.group.to_string(), info.topic.to_string())).or_default();
+            *known = age.max(*known);
+        }
+    }
+    let mut breaches = Vec::new();
+    let rows = by_topic(groups).into_iter().map(|(names, (lag, ..))| {
+        let age = oldest.get(&names).copied();
+        let breached = crit.is_some_and(|crit| lag > crit) || max_age.is_some_and(|max| age.is_some_and(|age| age > max));
+        let (group, topic) = names;
+        if breached {
+            breaches.push(format!("{group} on {topic}: {lag}"));
+        }
+        let age = age.map(|age| format!("{:.1}s", age.as_secs_f64()));
+        row! {"group": group, "topic": topic, "lag": lag, "oldest": age, "state": if breached { "BREACH" } else { "ok" }}
+    });
+    out.rows(rows.collect())?;
+    if breaches.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::Check(format!("lag above the bound: {}", breaches.join(", "))))
+    }
+}
+
+/// Shows what the transport can do.
+///
+/// # Errors
+/// The reader has gone.
+pub(crate) fn capabilities(session: &Session, out: &mut Out) -> Outcome {
+    let rows = session.bus.transport().capabilities().rows();
+    out.rows(rows.into_iter().map(|(axis, claim)| row! {"capability": axis, "claim": claim}).collect())
+}

@@ -1,0 +1,179 @@
+//! `eventctl`: publish, tail, inspect, replay and redrive, with the same words on every transport.
+
+mod audit;
+mod context;
+mod dlq;
+mod doctor;
+mod exit;
+mod inspect;
+mod out;
+mod publish;
+mod range;
+mod reader;
+mod record;
+mod replay;
+mod tail;
+mod topic;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use serde_json::json;
+
+use crate::context::{Config, Session};
+use crate::exit::{Failure, Outcome};
+use crate::out::{Format, Out, row};
+
+/// Publish, tail, inspect, replay and redrive on the event bus.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db inspect topics
+///   eventctl -c sqlite://shop.db tail orders -f
+///   eventctl -c sqlite://shop.db dlq list --group-by reason
+#[derive(Debug, Parser)]
+#[command(version, verbatim_doc_comment, disable_help_subcommand = true)]
+struct Cli {
+    /// A context's name, or an address.
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "EVENTCTL_CONTEXT",
+        value_name = "NAME|URL",
+        hide_env_values = true
+    )]
+    context: Option<String>,
+    /// The form of results.
+    #[arg(short, long, global = true, env = "EVENTCTL_OUTPUT", value_enum, default_value = "auto")]
+    output: Format,
+    /// Only these columns of lists.
+    #[arg(long, global = true, value_delimiter = ',', value_name = "NAMES")]
+    columns: Option<Vec<String>>,
+    /// Says nothing that was not asked for.
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Gives up after so long; commands that follow do not.
+    #[arg(long, global = true, env = "EVENTCTL_TIMEOUT", default_value = "10m", value_parser = duration)]
+    timeout: Duration,
+    /// Never asks.
+    #[arg(long, global = true)]
+    no_input: bool,
+    /// The name of the protected context that may be written to.
+    #[arg(long, global = true, value_name = "NAME")]
+    confirm: Option<String>,
+    /// The configuration file.
+    #[arg(long, global = true, env = "EVENTCTL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Publish(publish::Publish),
+    Tail(tail::Tail),
+    Inspect(inspect::Inspect),
+    /// Shows what the transport can do.
+    Capabilities,
+    Replay(replay::Replay),
+    Dlq(dlq::Dlq),
+    Topic(topic::TopicCommand),
+    /// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
+    Doctor,
+    /// Lists the contexts of the configuration.
+    Context,
+    /// Writes a completion script.
+    Completions {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Shows the version.
+    Version,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 10s or 5m".to_owned())
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let work = run(&cli);
+    let follows = matches!(&cli.command, Command::Tail(tail) if tail.follow);
+    let limited = async {
+        if follows {
+            return work.await;
+        }
+        tokio::time::timeout(cli.timeout, work)
+            .await
+            .unwrap_or_else(|_| Err(Failure::Timeout(format!("not done after {:?}", cli.timeout))))
+    };
+    let outcome = tokio::select! {
+        outcome = limited => outcome,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let text = failure.to_string();
+            if !text.is_empty() {
+                eprintln!("eventctl: {text}");
+            }
+            failure.code()
+        }
+    }
+}
+
+async fn run(cli: &Cli) -> Outcome {
+    let mut out = Out::new(cli.output, cli.columns.clone());
+    match &cli.command {
+        Command::Version => {
+            let version = json!({"eventctl": env!("CARGO_PKG_VERSION"), "transports": transports()});
+            return if cli.output == Format::Json {
+                out.line(version)
+            } else {
+                out.line(format_args!("eventctl {} ({})", env!("CARGO_PKG_VERSION"), transports().join(", ")))
+            };
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "eventctl", &mut script);
+            return out.line(String::from_utf8_lossy(&script));
+        }
+        _ => {}
+    }
+    let config = Config::load(cli.config.clone())?;
+    if matches!(cli.command, Command::Context) {
+        let rows = config.context.iter().map(|(name, context)| {
+            let url = eventbus::url::Url::parse(&context.url).map_or_else(|_| "?".into(), |url| url.to_string());
+            row! {"name": name, "url": url, "label": context.label, "protected": context.protected, "read_only": context.read_only,
+            "current": config.current.as_deref() == Some(name)}
+        });
+        return out.rows(rows.collect());
+    }
+    let (name, context) = config.find(cli.context.as_deref())?;
+    let session = Session::open(name, context, cli.confirm.clone(), cli.no_input).await?;
+    let outcome = match &cli.command {
+        Command::Publish(publish) => publish::run(&session, publish, &mut out, cli.quiet).await,
+        Command::Tail(tail) => tail::run(&session, tail, &mut out).await,
+        Command::Inspect(inspect) => inspect::run(&session, inspect, &mut out).await,
+        Command::Capabilities => inspect::capabilities(&session, &mut out),
+        Command::Replay(replay) => replay::run(&session, replay, &mut out).await,
+        Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
+        Command::Topic(topic) => topic::run(&session, topic).await,
+        Command::Doctor => doctor::run(&session, &mut out).await,
+        Command::Context | Command::Completions { .. } | Command::Version => Ok(()),
+    };
+    let closed = session.bus.close().await;
+    outcome?;
+    Ok(closed?)
+}
+
+fn transports() -> Vec<&'static str> {
+    [("memory", cfg!(feature = "memory")), ("sqlite", cfg!(feature = "sqlite"))]
+        .into_iter()
+        .filter_map(|(name, built)| built.then_some(name))
+        .collect()
+}

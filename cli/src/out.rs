@@ -1,0 +1,146 @@
+//! Output: results on standard output in one of a few forms, everything else on standard error.
+
+use std::io::{IsTerminal, Write};
+
+use clap::ValueEnum;
+use serde_json::{Map, Value};
+
+use crate::exit::Outcome;
+
+/// The form of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// A table on a terminal, jsonl when piped.
+    Auto,
+    /// For people.
+    Human,
+    /// A table.
+    Table,
+    /// One JSON document.
+    Json,
+    /// One JSON object a line.
+    Jsonl,
+    /// Comma-separated values with a header line.
+    Csv,
+    /// Nothing.
+    None,
+}
+
+impl Format {
+    fn resolved(self) -> Self {
+        match self {
+            Self::Auto if std::io::stdout().is_terminal() => Self::Table,
+            Self::Auto => Self::Jsonl,
+            Self::Human => Self::Table,
+            other => other,
+        }
+    }
+
+    /// Whether records are shown as text for people.
+    pub(crate) fn is_for_people(self) -> bool {
+        self.resolved() == Self::Table
+    }
+}
+
+/// Where results go; every write can fail, so that a closed pipe ends quietly.
+#[derive(Debug)]
+pub(crate) struct Out {
+    format: Format,
+    columns: Option<Vec<String>>,
+    lock: std::io::StdoutLock<'static>,
+}
+
+impl Out {
+    /// Opens standard output.
+    pub(crate) fn new(format: Format, columns: Option<Vec<String>>) -> Self {
+        Self { format, columns, lock: std::io::stdout().lock() }
+    }
+
+    /// The form asked for.
+    pub(crate) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Writes a line.
+    ///
+    /// # Errors
+    /// The reader has gone.
+    pub(crate) fn line(&mut self, text: impl std::fmt::Display) -> Outcome {
+        writeln!(self.lock, "{text}")?;
+        Ok(self.lock.flush()?)
+    }
+
+    /// Writes rows of equal columns.
+    ///
+    /// # Errors
+    /// The reader has gone.
+    pub(crate) fn rows(&mut self, rows: Vec<Map<String, Value>>) -> Outcome {
+        let keep = |row: Map<String, Value>| match &self.columns {
+            None => row,
+            Some(columns) => {
+                columns.iter().filter_map(|name| Some((name.clone(), row.get(name)?.clone()))).collect()
+            }
+        };
+        let rows: Vec<Map<String, Value>> = rows.into_iter().map(keep).collect();
+        match self.format.resolved() {
+            Format::None => Ok(()),
+            Format::Json => self.line(Value::Array(rows.into_iter().map(Value::Object).collect())),
+            Format::Jsonl => rows.into_iter().try_for_each(|row| self.line(Value::Object(row))),
+            Format::Csv => {
+                let Some(first) = rows.first() else { return Ok(()) };
+                self.line(first.keys().map(|name| quoted(name)).collect::<Vec<_>>().join(","))?;
+                rows.iter().try_for_each(|row| {
+                    self.line(row.values().map(|value| quoted(&cell(value))).collect::<Vec<_>>().join(","))
+                })
+            }
+            _ => {
+                let Some(first) = rows.first() else { return Ok(()) };
+                let mut table = comfy_table::Table::new();
+                table.load_preset(comfy_table::presets::NOTHING);
+                table.set_header(first.keys().map(|name| name.to_uppercase()));
+                for row in &rows {
+                    table.add_row(row.values().map(|value| {
+                        let right = value.is_number();
+                        let alignment = if right {
+                            comfy_table::CellAlignment::Right
+                        } else {
+                            comfy_table::CellAlignment::Left
+                        };
+                        comfy_table::Cell::new(cell(value)).set_alignment(alignment)
+                    }));
+                }
+                for line in table.lines() {
+                    self.line(line.trim_end())?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    if text.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text.to_owned()
+    }
+}
+
+/// Builds a row.
+macro_rules! row {
+    ($($name:literal: $value:expr),* $(,)?) => {{
+        let mut row = serde_json::Map::new();
+        $(row.insert($name.to_owned(), serde_json::json!($value));)*
+        row
+    }};
+}
+
+pub(crate) use row;

@@ -1,0 +1,236 @@
+//! `publish`: one event from the command line, or many from files and pipes.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use eventbus::{Envelope, EventId, Topic};
+use serde_json::{Value, json};
+
+use crate::context::Session;
+use crate::exit::{Failure, Outcome};
+use crate::out::Out;
+use crate::record;
+
+/// How input is cut into events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Input {
+    /// All of it is one body.
+    Raw,
+    /// Each line is a body.
+    Lines,
+    /// Each line is a JSON body.
+    Jsonl,
+    /// Each line is a record as `tail -o jsonl --full` writes it.
+    Envelope,
+}
+
+/// Publishes events.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db publish orders '{"id":7}' --type shop.order.placed -k 7
+///   eventctl -c A tail T --from start --until-end -o jsonl --full | eventctl -c B publish T2 - --input envelope
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Publish {
+    /// The topic.
+    pub dest: Topic,
+    /// The body; - reads standard input.
+    pub body: Option<String>,
+    /// Reads a file instead.
+    #[arg(short, long, value_name = "FILE", conflicts_with = "body")]
+    pub file: Option<PathBuf>,
+    /// How the input is cut into events.
+    #[arg(long, value_enum, default_value = "raw")]
+    pub input: Input,
+    /// The ordering key.
+    #[arg(short, long)]
+    pub key: Option<String>,
+    /// A header, repeatable.
+    #[arg(short = 'H', long = "header", value_name = "NAME=VALUE")]
+    pub headers: Vec<String>,
+    /// The type of the event.
+    #[arg(long = "type", default_value = "eventctl.message")]
+    pub event_type: String,
+    /// The version of the type.
+    #[arg(long = "type-version", value_name = "N")]
+    pub version: Option<u32>,
+    /// The source of the event.
+    #[arg(long, default_value = "/eventctl")]
+    pub source: String,
+    /// What the event is about.
+    #[arg(long)]
+    pub subject: Option<String>,
+    /// The id; made up if not given.
+    #[arg(long)]
+    pub id: Option<String>,
+    /// An extension attribute, repeatable.
+    #[arg(long = "ce", value_name = "NAME=VALUE")]
+    pub extensions: Vec<String>,
+    /// The media type of the body.
+    #[arg(long, value_name = "TYPE")]
+    pub content_type: Option<String>,
+    /// Publishes an absent body.
+    #[arg(long, conflicts_with_all = ["body", "file"])]
+    pub null: bool,
+    /// Writes a receipt for each event to standard output.
+    #[arg(long, value_name = "jsonl", value_parser = ["jsonl"])]
+    pub report: Option<String>,
+}
+
+/// Events published before their confirms are awaited.
+const WINDOW: usize = 256;
+
+fn pair(text: &str) -> Outcome<(&str, &str)> {
+    text.split_once('=').ok_or_else(|| Failure::Usage(format!("expected NAME=VALUE: {text}")))
+}
+
+impl Publish {
+    fn event(&self, body: Option<Vec<u8>>) -> Outcome<Envelope> {
+        let mut event =
+            Envelope::new(self.event_type.clone(), self.source.clone()).with_version(self.version);
+        if let Some(id) = &self.id {
+            event = event.with_id(EventId::parse(id));
+        }
+        if let Some(key) = &self.key {
+            event = event.with_key(key.as_str());
+        }
+        if let Some(subject) = &self.subject {
+            event = event.with_subject(subject.clone());
+        }
+        for header in &self.headers {
+            let (name, value) = pair(header)?;
+            event = event.with_header(name, value);
+        }
+        for extension in &self.extensions {
+            let (name, value) = pair(extension)?;
+            event = event.with_extension(name, value);
+        }
+        let Some(body) = body else { return Ok(event) };
+        let is_json = serde_json::from_slice::<Value>(&body).is_ok();
+        let content_type =
+            self.content_type.clone().or_else(|| is_json.then(|| "application/json".to_owned()));
+        event = event.with_payload(body);
+        Ok(match content_type {
+            Some(content_type) => event.with_content_type(content_type),
+            None => event,
+        })
+    }
+
+    fn source(&self) -> Outcome<Box<dyn BufRead>> {
+        match (&self.file, self.body.as_deref()) {
+            (Some(path), _) => {
+                let file = std::fs::File::open(path)
+                    .map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))?;
+                Ok(Box::new(BufReader::new(file)))
+            }
+            (None, Some("-")) => Ok(Box::new(BufReader::new(std::io::stdin()))),
+            (None, Some(body)) => Ok(Box::new(std::io::Cursor::new(body.to_owned()))),
+            (None, None) => Err(Failure::Usage("give a body, - for standard input, --file or --null".into())),
+        }
+    }
+
+    fn parse(&self, line: &str, at: usize) -> Outcome<Envelope> {
+        let place = |problem: String| Failure::Usage(format!("line {at}: {problem}"));
+        match self.input {
+            Input::Envelope => {
+                let value: Value = serde_json::from_str(line).map_err(|error| place(error.to_string()))?;
+                record::from_json(&value).map_err(|failure| place(failure.to_string()))
+            }
+            Input::Jsonl => {
+                serde_json::from_str::<serde::de::IgnoredAny>(line)
+                    .map_err(|error| place(error.to_string()))?;
+                self.event(Some(line.into()))
+            }
+            Input::Lines | Input::Raw => self.event(Some(line.into())),
+        }
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Partial: some events were stored and others were not.
+pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, quiet: bool) -> Outcome {
+    session.may_write()?;
+    let mut sender = Sender { session, publish, out, quiet, n_stored: 0, n_failed: 0 };
+    if publish.null {
+        sender.send(vec![publish.event(None)?]).await?;
+    } else if publish.input == Input::Raw {
+        let mut body = Vec::new();
+        publish.source()?.read_to_end(&mut body)?;
+        sender.send(vec![publish.event(Some(body))?]).await?;
+    } else {
+        let mut batch = Vec::new();
+        for (at, line) in publish.source()?.lines().enumerate() {
+            let line = line?;
+            if line.is_empty() && publish.input != Input::Lines {
+                continue;
+            }
+            batch.push(publish.parse(&line, at + 1)?);
+            if batch.len() == WINDOW {
+                sender.send(std::mem::take(&mut batch)).await?;
+            }
+        }
+        sender.send(batch).await?;
+    }
+    match (sender.n_stored, sender.n_failed) {
+        (_, 0) => Ok(()),
+        (0, n) => Err(Failure::Runtime(format!("none of {n} events was stored"))),
+        (stored, failed) => Err(Failure::Partial(format!("{stored} events were stored, {failed} were not"))),
+    }
+}
+
+struct Sender<'a> {
+    session: &'a Session,
+    publish: &'a Publish,
+    out: &'a mut Out,
+    quiet: bool,
+    n_stored: usize,
+    n_failed: usize,
+}
+
+impl Sender<'_> {
+    async fn send(&mut self, batch: Vec<Envelope>) -> Outcome {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let topic = &self.publish.dest;
+        let started = Instant::now();
+        let told: Vec<_> = batch
+            .iter()
+            .map(|event| (event.id().clone(), event.payload().map_or(0, bytes::Bytes::len)))
+            .collect();
+        let publisher = self.session.bus.transport().publisher().await?;
+        let outcomes = publisher.enqueue(topic, batch).await?.await;
+        let single = told.len() == 1;
+        for ((id, size), outcome) in told.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(receipt) => {
+                    self.n_stored += 1;
+                    let place =
+                        format!("{topic}/{}@{}", receipt.partition, receipt.offset.unwrap_or_default());
+                    if self.publish.report.is_some() {
+                        self.out.line(
+                            json!({"ref": place, "id": id.to_string(), "duplicate": receipt.duplicate}),
+                        )?;
+                    } else if single && !self.quiet {
+                        eprintln!(
+                            "published {place}  id {id}  {size} B  {} ms",
+                            started.elapsed().as_millis()
+                        );
+                    }
+                }
+                Err(error) => {
+                    self.n_failed += 1;
+                    eprintln!("eventctl: {id}: {error}");
+                }
+            }
+        }
+        if !single && !self.quiet {
+            eprintln!("published {} to {topic}", self.n_stored);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,127 @@
+//! `topic`: create, delete, purge.
+
+use std::num::{NonZeroU32, NonZeroU64};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use eventbus::{Topic, TopicSpec};
+
+use crate::context::Session;
+use crate::exit::{Failure, Outcome};
+use crate::range::{Bound, Range, resolve};
+
+/// Creates, empties and deletes topics.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db topic create orders --partitions 8 --retention 7d
+///   eventctl -c sqlite://shop.db topic purge orders --before @-30d --execute
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct TopicCommand {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Creates a topic, or verifies that it is as declared.
+    Create {
+        /// Its name.
+        topic: Topic,
+        /// How many partitions it has.
+        #[arg(long, default_value_t = TopicSpec::PARTITIONS)]
+        partitions: NonZeroU32,
+        /// How long settled events are kept, such as 7d.
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        retention: Option<Duration>,
+        /// How many settled events of a partition are kept.
+        #[arg(long, value_name = "N")]
+        keep: Option<NonZeroU64>,
+        /// An existing topic of this shape is fine.
+        #[arg(long)]
+        if_not_exists: bool,
+    },
+    /// Deletes a topic with its events and its groups' positions.
+    Delete {
+        /// Its name.
+        topic: Topic,
+        /// Does it; without, only says what would be done.
+        #[arg(long)]
+        execute: bool,
+    },
+    /// Removes events, whoever still wants them.
+    Purge {
+        /// Its name.
+        topic: Topic,
+        /// Everything below: N, @TIME, end.
+        #[arg(long, value_name = "BOUND", default_value = "end", allow_hyphen_values = true)]
+        before: Bound,
+        /// Does it; without, only says what would be done.
+        #[arg(long)]
+        execute: bool,
+    },
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 12h or 7d".to_owned())
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Not found, a conflict, or refused for safety.
+pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
+    let admin = session.admin()?;
+    match &command.what {
+        What::Create { topic, partitions, retention, keep, if_not_exists } => {
+            session.may_write()?;
+            let mut spec = TopicSpec::new(topic.clone()).with_partitions(*partitions);
+            if let Some(age) = retention {
+                spec = spec.with_max_age(*age);
+            }
+            if let Some(keep) = keep {
+                spec = spec.with_max_events(*keep);
+            }
+            match admin.declare(&spec).await? {
+                true => eprintln!("created {topic} with {partitions} partitions"),
+                false if *if_not_exists => eprintln!("{topic} exists with {partitions} partitions"),
+                false => {
+                    return Err(Failure::Runtime(format!(
+                        "{topic} exists already (--if-not-exists accepts that)"
+                    )));
+                }
+            }
+            Ok(())
+        }
+        What::Delete { topic, execute } => {
+            let info = admin
+                .topic(topic)
+                .await?
+                .ok_or_else(|| Failure::NotFound(format!("there is no topic {topic}")))?;
+            let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
+            if !execute {
+                eprintln!("would delete {topic} with {kept} events; add --execute to do it");
+                return Ok(());
+            }
+            session.may_write()?;
+            admin.delete_topic(topic).await?;
+            eprintln!("deleted {topic} with {kept} events");
+            Ok(())
+        }
+        What::Purge { topic, before, execute } => {
+            let spans = resolve(admin, topic, Range { from: Bound::Start, to: *before }).await?;
+            let total: u64 = spans.iter().map(crate::range::Span::len).sum();
+            if !execute {
+                eprintln!("would remove {total} events of {topic}; add --execute to do it");
+                return Ok(());
+            }
+            session.may_write()?;
+            let mut removed = 0;
+            for span in spans {
+                removed += admin.purge(topic, span.partition, span.to).await?;
+            }
+            eprintln!("removed {removed} events of {topic}");
+            Ok(())
+        }
+    }
+}
