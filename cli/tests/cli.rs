@@ -60,7 +60,19 @@ fn text(bytes: &[u8]) -> String {
 #[test]
 fn what_is_published_is_read_back() {
     let shell = Shell::new();
-    let output = shell.run(&["publish", "orders", "{\"id\":7}", "--type", "shop.order.placed", "-k", "7", "-H", "a=1", "-H", "a=2"]);
+    let output = shell.run(&[
+        "publish",
+        "orders",
+        "{\"id\":7}",
+        "--type",
+        "shop.order.placed",
+        "-k",
+        "7",
+        "-H",
+        "a=1",
+        "-H",
+        "a=2",
+    ]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(output.stdout.is_empty());
     assert!(text(&output.stderr).contains("published orders/"), "{}", text(&output.stderr));
@@ -80,17 +92,41 @@ fn what_is_published_is_read_back() {
 fn a_pipe_is_lossless() {
     let shell = Shell::new();
     let bodies = "{\"n\": 1}\nnot json \u{1f980}\n\n";
-    let output = shell.run_with(&["publish", "t", "-", "--input", "lines", "-k", "k", "-H", "x=ü", "--subject", "s", "--ce", "correlationid=c"], bodies);
+    let output = shell.run_with(
+        &[
+            "publish",
+            "t",
+            "-",
+            "--input",
+            "lines",
+            "-k",
+            "k",
+            "-H",
+            "x=ü",
+            "--subject",
+            "s",
+            "--ce",
+            "correlationid=c",
+        ],
+        bodies,
+    );
     assert!(output.status.success(), "{}", text(&output.stderr));
     assert!(shell.run(&["publish", "t", "--null", "-k", "gone"]).status.success());
     let full = ["tail", "t", "--from", "start", "--until-end", "-o", "jsonl", "--full"];
     let records = text(&shell.run(&full).stdout);
     assert_eq!(records.lines().count(), 4);
     let other = shell.url("b");
-    let mut publish = shell.command(&["-c", &other, "publish", "t2", "-", "--input", "envelope"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut publish = shell
+        .command(&["-c", &other, "publish", "t2", "-", "--input", "envelope"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
     publish.stdin.take().unwrap().write_all(records.as_bytes()).unwrap();
     assert!(publish.wait().unwrap().success());
-    let again = shell.command(&["-c", &other, "tail", "t2", "--from", "start", "-o", "jsonl", "--full"]).output().unwrap();
+    let again = shell
+        .command(&["-c", &other, "tail", "t2", "--from", "start", "-o", "jsonl", "--full"])
+        .output()
+        .unwrap();
     let bare = |lines: &str| -> Vec<String> {
         let mut all: Vec<String> = lines
             .lines()
@@ -145,7 +181,8 @@ fn exit_codes_tell_what_happened() {
         assert_eq!(found, *code, "{arguments:?}: {stderr}");
         assert!(stderr.contains(expected), "{arguments:?} does not say {expected:?}: {stderr}");
     }
-    let unreachable = shell.command(&["-c", "sqlite:///nowhere/at/all.db", "inspect", "topics"]).output().unwrap();
+    let unreachable =
+        shell.command(&["-c", "sqlite:///nowhere/at/all.db", "inspect", "topics"]).output().unwrap();
     assert_eq!(unreachable.status.code(), Some(6), "{}", text(&unreachable.stderr));
     let nothing = shell.command(&["inspect", "topics"]).output().unwrap();
     assert_eq!(nothing.status.code(), Some(2), "{}", text(&nothing.stderr));
@@ -158,11 +195,18 @@ fn contexts_protect_from_writing() {
     assert!(shell.run(&["publish", "t", "x"]).status.success());
     let config = shell.folder.path().join("config.toml");
     let url = shell.url("a");
-    let contexts = format!("current = \"look\"\n[context.look]\nurl = \"{url}\"\nread_only = true\n[context.prod]\nurl = \"{url}\"\nprotected = true\n");
+    let contexts = format!(
+        "current = \"look\"\n[context.look]\nurl = \"{url}\"\nread_only = true\n[context.prod]\nurl = \"{url}\"\nprotected = true\n"
+    );
     std::fs::write(&config, contexts).unwrap();
     let run = |context: &str, arguments: &[&str]| {
         let config = config.to_str().unwrap();
-        let output = shell.command(&["--config", config, "-c", context]).args(arguments).stdin(Stdio::null()).output().unwrap();
+        let output = shell
+            .command(&["--config", config, "-c", context])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
         (output.status.code().unwrap(), text(&output.stderr))
     };
     let writes: &[&[&str]] = &[
@@ -188,7 +232,12 @@ fn contexts_protect_from_writing() {
 fn a_range_is_replayed_into_a_new_topic() {
     let shell = Shell::new();
     let lines: String = (0..40).map(|n| format!("{{\"n\":{n}}}\n")).collect();
-    assert!(shell.run_with(&["publish", "t", "-", "--input", "jsonl", "-k", "k", "--type", "a"], &lines).status.success());
+    assert!(
+        shell
+            .run_with(&["publish", "t", "-", "--input", "jsonl", "-k", "k", "--type", "a"], &lines)
+            .status
+            .success()
+    );
     assert!(shell.run(&["publish", "t", "{}", "-k", "k", "--type", "b"]).status.success());
     let flags = ["t", "--to", "t.replay", "--type", "a", "--range", "10:30"];
     let planned = shell.lines(&[&["replay", "plan"], &flags[..]].concat());
@@ -198,7 +247,8 @@ fn a_range_is_replayed_into_a_new_topic() {
     assert_eq!(code, 5, "{stderr}");
     assert!(shell.run(&[&["replay", "run"], &flags[..], &["--execute"]].concat()).status.success());
     let copies = shell.lines(&["tail", "t.replay", "--from", "start"]);
-    let numbers: Vec<_> = copies.iter().map(|record| record["value"]["data"]["n"].as_u64().unwrap()).collect();
+    let numbers: Vec<_> =
+        copies.iter().map(|record| record["value"]["data"]["n"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (10..30).collect::<Vec<_>>());
     let originals = shell.lines(&["tail", "t", "--range", "10:30"]);
     assert_eq!(copies[0]["ce"]["id"], originals[0]["ce"]["id"]);
@@ -239,5 +289,9 @@ fn help_pages_are_as_checked_in() {
     if std::env::var_os("UPDATE_HELP").is_some() {
         std::fs::write(&path, &page).unwrap();
     }
-    assert_eq!(page, std::fs::read_to_string(&path).unwrap_or_default(), "run with UPDATE_HELP=1 if the change is meant");
+    assert_eq!(
+        page,
+        std::fs::read_to_string(&path).unwrap_or_default(),
+        "run with UPDATE_HELP=1 if the change is meant"
+    );
 }

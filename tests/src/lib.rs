@@ -1,4 +1,9 @@
 //! Subjects and broken transports for the whole-system tests.
 
+pub mod folder;
 pub mod mutant;
 pub mod subjects;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

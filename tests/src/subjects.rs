@@ -11,6 +11,8 @@ use eventbus::{Content, PartitionId, Transport, Undecodable};
 use eventbus::{Error, ErrorKind};
 use parking_lot::Mutex;
 
+use crate::folder::Folder;
+
 /// Events a topic of the memory subject holds before publishing waits.
 const BOUND: usize = 6_000;
 
@@ -79,6 +81,20 @@ pub fn sqlite(partitions: u32) -> Subject {
                 sqlite.close().await?;
             }
             Ok(())
+        }
+    })
+}
+
+/// The third party's transport, in a folder of its own.
+pub fn folder() -> Subject {
+    let place = Arc::new(tempfile::tempdir());
+    let opened = place.as_ref().as_ref().ok().and_then(|place| Folder::open(place.path().to_owned()).ok());
+    Subject::new("folder", move || {
+        let (opened, place) = (opened.as_ref().map(Folder::reopen), place.clone());
+        async move {
+            drop(place);
+            let folder = opened.ok_or_else(|| Error::new(ErrorKind::Unavailable, "no temporary folder"))?;
+            Ok(Arc::new(folder) as Arc<dyn Transport>)
         }
     })
 }
