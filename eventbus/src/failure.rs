@@ -17,6 +17,7 @@ pub struct Failure {
     message: String,
     error_type: Cow<'static, str>,
     retry_after: Option<Duration>,
+    by_panic: bool,
 }
 
 impl Failure {
@@ -27,6 +28,7 @@ impl Failure {
             message: message.to_string(),
             error_type: "".into(),
             retry_after: None,
+            by_panic: false,
         }
     }
 
@@ -50,6 +52,16 @@ impl Failure {
     pub fn retry_after(mut self, delay: Duration) -> Self {
         self.retry_after = Some(delay);
         self
+    }
+
+    /// A handler that panicked: likely the event or the code, so it is retried and counted.
+    pub(crate) fn panic(message: impl fmt::Display) -> Self {
+        Self { by_panic: true, ..Self::transient("panic", message) }
+    }
+
+    /// Whether it may be what every event needs that failed, and not this event.
+    pub(crate) fn is_of_a_dependency(&self) -> bool {
+        self.class == Class::Transient && !self.by_panic && self.retry_after.is_none()
     }
 
     /// Returns how the failure is treated.
@@ -101,6 +113,7 @@ impl<E: std::error::Error + Send + Sync + 'static> From<E> for Failure {
             message: error.to_string(),
             error_type: std::any::type_name::<E>().into(),
             retry_after: None,
+            by_panic: false,
         }
     }
 }

@@ -4,10 +4,12 @@
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use eventbus::{Bus, Emit, Envelope, Event, Failure, Meta, Retry, Service, State, Topic, TopicSpec, Typed};
+use eventbus::{
+    Bus, Emit, Envelope, Event, Failure, Health, Meta, Retry, Service, State, Topic, TopicSpec, Typed,
+};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -361,6 +363,47 @@ async fn drain_finishes_in_flight() {
         seen.sort();
         seen.dedup();
         assert_eq!(seen.len(), 400);
+    })
+    .await;
+}
+
+/// While what every handler needs is down, nothing is dead-lettered and the service says so; then
+/// everything is handled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_opens_the_breaker_and_spares_the_dead_letters() {
+    #[derive(Clone, Default)]
+    struct Shop(Log, Arc<AtomicBool>, Arc<AtomicUsize>);
+    async fn handle(
+        Typed(step): Typed<Step>,
+        State(Shop(log, down, runs)): State<Shop>,
+    ) -> Result<(), Failure> {
+        runs.fetch_add(1, Ordering::Relaxed);
+        if down.load(Ordering::SeqCst) {
+            return Err(Failure::transient("db.down", "connection refused"));
+        }
+        log.add(&step);
+        Ok(())
+    }
+    on_each(async |bus| {
+        let shop = Shop::default();
+        shop.1.store(true, Ordering::SeqCst);
+        let service =
+            Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(shop.clone());
+        let running = service.start(&bus).await.unwrap();
+        let steps: Vec<_> = (0..300).map(|n| Step { key: format!("k{}", n % 60), n }).collect();
+        bus.publisher().await.unwrap().enqueue(&topic("steps"), &steps).await.unwrap().await.all().unwrap();
+        let outage = tokio::time::Instant::now() + Duration::from_secs(2);
+        while tokio::time::Instant::now() < outage {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(matches!(running.health()[0], Health::Degraded { .. }), "{:?}", running.health());
+        let runs = shop.2.load(Ordering::Relaxed);
+        assert!(runs < 100, "{runs} runs in two seconds of an outage");
+        shop.1.store(false, Ordering::SeqCst);
+        shop.0.until(300).await;
+        let (counts, health) = (running.counts(), running.health());
+        running.stop().await.unwrap();
+        assert_eq!((counts.dead_lettered, &health[0]), (0, &Health::Running));
     })
     .await;
 }

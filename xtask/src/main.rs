@@ -1,19 +1,24 @@
 //! The project's own commands.
 //!
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
+//! `cargo xtask bench` runs the paired benchmarks and prints their table.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
+       cargo xtask bench
        cargo xtask conformance URL";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
-        Some(("conformance", [url])) => conformance(url),
+        Some(("bench", [])) => run(&["run", "--release", "--package", "eventbus-benches", "--bin", "pairs"]),
+        Some(("conformance", [url])) => {
+            run(&["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url])
+        }
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -69,11 +74,8 @@ fn count(line: &str, word: &str) -> usize {
         .unwrap_or(0)
 }
 
-fn conformance(url: &str) -> std::io::Result<bool> {
-    let status = cargo()
-        .args(["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url])
-        .status()?;
-    Ok(status.success())
+fn run(arguments: &[&str]) -> std::io::Result<bool> {
+    Ok(cargo().args(arguments).status()?.success())
 }
 
 #[cfg(test)]

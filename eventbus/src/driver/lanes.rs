@@ -1,30 +1,63 @@
 //! Lanes: events of one key wait for each other, keys do not.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::admin::Offset;
-use crate::name::Key;
 use crate::partition::PartitionId;
 use crate::transport::{Delivery, Token};
 
-/// What orders a delivery among others: its key, or itself alone.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(super) enum Lane {
-    Key(Key),
-    Alone(Token),
+/// What orders a delivery among others: the hash of its key, or of itself where it has none. Keys that
+/// share 64 bits of a hash under a random secret share a lane.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Lane {
+    hash: u64,
+    keyed: bool,
 }
 
 impl Lane {
-    pub(super) fn of(delivery: &Delivery) -> Self {
-        match delivery.content.envelope().and_then(|envelope| envelope.key()) {
-            Some(key) => Self::Key(key.clone()),
-            None => Self::Alone(delivery.token),
-        }
+    /// A number that tells lanes apart.
+    pub(super) fn id(&self) -> u64 {
+        self.hash
     }
 }
+
+impl PartialEq for Lane {
+    fn eq(&self, other: &Self) -> bool {
+        self.hash == other.hash
+    }
+}
+
+impl Eq for Lane {}
+
+impl Hash for Lane {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
+    }
+}
+
+/// A lane is a hash already.
+#[derive(Debug, Default, Clone, Copy)]
+struct AsItIs(u64);
+
+impl Hasher for AsItIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+}
+
+type ByLane<T> = HashMap<Lane, T, BuildHasherDefault<AsItIs>>;
 
 /// Deliveries that wait for a worker. Its size is bounded by the subscription's window: only what was
 /// polled is in it, and polling stops when the window is full.
@@ -32,20 +65,28 @@ impl Lane {
 pub(super) struct Lanes {
     inner: Mutex<Inner>,
     arrived: Notify,
+    secret: RandomState,
 }
 
 #[derive(Default)]
 struct Inner {
     /// Lanes at work, with the deliveries that wait behind the one that runs.
-    busy: HashMap<Lane, VecDeque<Delivery>>,
+    busy: ByLane<VecDeque<Delivery>>,
     /// Deliveries whose lane is free.
     ready: VecDeque<(Lane, Delivery)>,
     /// Lanes whose event was handed back: nothing later runs before that event is here again.
-    paused: HashMap<Lane, (PartitionId, Option<Offset>)>,
+    paused: ByLane<(PartitionId, Option<Offset>)>,
     closed: bool,
 }
 
 impl Lanes {
+    fn lane_of(&self, delivery: &Delivery) -> Lane {
+        match delivery.content.envelope().and_then(|envelope| envelope.key()) {
+            Some(key) => Lane { hash: self.secret.hash_one(key.as_bytes()), keyed: true },
+            None => Lane { hash: self.secret.hash_one(delivery.token), keyed: false },
+        }
+    }
+
     /// Adds deliveries in order. Returns those that are to go back, because an earlier event of their
     /// lane was handed back while they were on their way.
     #[must_use]
@@ -54,19 +95,23 @@ impl Lanes {
         let inner = &mut *inner;
         let mut early = Vec::new();
         for delivery in deliveries {
-            let lane = Lane::of(&delivery);
+            let lane = self.lane_of(&delivery);
             match inner.paused.get(&lane) {
-                Some((_, awaited)) if delivery.offset > *awaited => {
+                Some((partition, awaited))
+                    if *partition == delivery.partition && delivery.offset > *awaited =>
+                {
                     early.push(delivery.token);
                     continue;
                 }
-                Some(_) => drop(inner.paused.remove(&lane)),
+                Some(_) => {
+                    inner.paused.remove(&lane);
+                }
                 None => {}
             }
             match inner.busy.get_mut(&lane) {
                 Some(behind) => behind.push_back(delivery),
                 None => {
-                    inner.busy.insert(lane.clone(), VecDeque::new());
+                    inner.busy.insert(lane, VecDeque::new());
                     inner.ready.push_back((lane, delivery));
                     self.arrived.notify_one();
                 }
@@ -84,8 +129,8 @@ impl Lanes {
         awaited: Option<Offset>,
     ) -> VecDeque<Delivery> {
         let mut inner = self.inner.lock();
-        if matches!(lane, Lane::Key(_)) {
-            inner.paused.insert(lane.clone(), (partition, awaited));
+        if lane.keyed {
+            inner.paused.insert(*lane, (partition, awaited));
         }
         inner.busy.get_mut(lane).map(std::mem::take).unwrap_or_default()
     }

@@ -8,6 +8,7 @@
 //! ```
 //! It never settles before the effect, and never after a partition is lost.
 
+mod breaker;
 mod dead_letter;
 mod lanes;
 mod run;
@@ -21,6 +22,7 @@ use tokio::task::JoinHandle;
 
 pub(crate) use self::subscribed::Subscribed;
 use crate::error::{Error, ErrorKind, Result};
+use crate::name::{Group, Topic};
 
 /// What a service has done so far, over all its topics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -51,6 +53,23 @@ impl std::ops::AddAssign for Counts {
     }
 }
 
+/// How a service is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Health {
+    /// It takes and handles events.
+    Running,
+    /// It holds back or tries again.
+    Degraded {
+        /// The topic.
+        topic: Topic,
+        /// The group.
+        group: Group,
+        /// Why.
+        reason: &'static str,
+    },
+}
+
 /// A service at work. Dropping it stops the work without draining; what was in hand is redelivered.
 #[derive(Debug)]
 pub struct Running {
@@ -74,6 +93,11 @@ impl Running {
         let mut counts = Counts::default();
         self.subscriptions.iter().for_each(|(subscription, _)| counts += subscription.counts());
         counts
+    }
+
+    /// Returns the health of each subscription.
+    pub fn health(&self) -> Vec<Health> {
+        self.subscriptions.iter().map(|(subscription, _)| subscription.health()).collect()
     }
 
     /// Describes the subscriptions, a line each: topic, group, lanes, retry, dead letters.

@@ -10,7 +10,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::breaker::Pass;
 use super::dead_letter;
+use super::lanes::Lane;
 use super::subscribed::Subscribed;
 use crate::envelope::{Envelope, extension};
 use crate::error::{Class, Error, ErrorKind, Result};
@@ -57,6 +59,7 @@ pub(super) async fn run(
     let waiting = subscribed.lanes.take_waiting();
     subscribed.strike(waiting.iter().map(|delivery| delivery.token));
     subscribed.lanes.close();
+    subscribed.breaker.stop();
     let finished = async { while workers.join_next().await.is_some() {} };
     let drained = tokio::time::timeout_at(deadline, finished).await;
     // The workers' ends are gone: the settler finishes what was sent and stops.
@@ -97,6 +100,7 @@ async fn intake(
             }
             polled = subscribed.consumer.poll(subscribed.policy.window) => polled,
         };
+        subscribed.polling_fails.store(polled.is_err(), Atomic::Relaxed);
         match polled {
             Ok(Polled::Deliveries(deliveries)) => {
                 pause = PAUSE;
@@ -172,7 +176,7 @@ async fn work(subscribed: Arc<Subscribed>, settling: Settling) {
             // A partition that was lost while this waited: the next owner runs it.
             if subscribed.holds(delivery.token) {
                 let (token, partition, offset) = (delivery.token, delivery.partition, delivery.offset);
-                let how = handle(&subscribed, delivery).await;
+                let how = handle(&subscribed, &lane, delivery).await;
                 let behind = match how {
                     Settle::Retry { .. } if subscribed.ordered => {
                         subscribed.lanes.pause(&lane, partition, offset)
@@ -233,7 +237,7 @@ async fn renew(subscribed: Arc<Subscribed>, every: Duration) {
 }
 
 /// Handles one delivery to its end: effect, outputs, or dead letter. Returns how it is settled.
-async fn handle(subscribed: &Subscribed, delivery: Delivery) -> Settle {
+async fn handle(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) -> Settle {
     let envelope = match &delivery.content {
         Content::Envelope(envelope) => envelope.clone(),
         Content::Undecodable(bad) => {
@@ -250,10 +254,14 @@ async fn handle(subscribed: &Subscribed, delivery: Delivery) -> Settle {
     let retry = subscribed.policy.retry;
     let mut runs = 1;
     let failure = loop {
+        if subscribed.breaker.admit().await == Pass::Stopped {
+            return Settle::Return;
+        }
         let outcome = run_once(subscribed, route, &context).await;
         let failure = match outcome.verdict {
             Ok(()) => match publish(subscribed, route, &context, outcome.outputs).await {
                 Ok(()) => {
+                    subscribed.breaker.succeeded();
                     subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
                     return Settle::Ack;
                 }
@@ -261,6 +269,14 @@ async fn handle(subscribed: &Subscribed, delivery: Delivery) -> Settle {
             },
             Err(failure) => failure,
         };
+        if failure.is_of_a_dependency() {
+            if subscribed.breaker.failed(lane.id()) {
+                // Down for everybody: it is tried again here, and no attempt is used up.
+                continue;
+            }
+        } else {
+            subscribed.breaker.undecided();
+        }
         if failure.class() != Class::Transient || failure.delay().is_some() || runs >= retry.in_lane.get() {
             break failure;
         }
@@ -286,7 +302,7 @@ async fn run_once(subscribed: &Subscribed, route: &BoundRoute, context: &Context
             Err(panic) => {
                 let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
                 let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                std::task::Poll::Ready(Failure::transient("panic", text).into_outcome())
+                std::task::Poll::Ready(Failure::panic(text).into_outcome())
             }
         }
     });

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering as Atomic};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::Counts;
+use super::breaker::Breaker;
 use super::lanes::Lanes;
+use super::{Counts, Health};
 use crate::bus::Bus;
 use crate::capability::{Lease, Ordering};
 use crate::envelope::Envelope;
@@ -36,10 +37,12 @@ pub(crate) struct Subscribed {
     /// Whether the transport holds back later events of a key that was handed back.
     pub(super) ordered: bool,
     pub(super) lanes: Lanes,
+    pub(super) breaker: Breaker,
     pub(super) books: Mutex<HashMap<Token, PartitionId>>,
     /// Rung whenever a delivery leaves the books.
     pub(super) settled: Notify,
     pub(super) counters: Counters,
+    pub(super) polling_fails: AtomicBool,
 }
 
 #[derive(Default)]
@@ -80,9 +83,11 @@ impl Subscribed {
             ordered: subscription.ordering >= Ordering::PerKey,
             topic,
             lanes: Lanes::default(),
+            breaker: Breaker::default(),
             books: Mutex::default(),
             settled: Notify::new(),
             counters: Counters::default(),
+            polling_fails: AtomicBool::new(false),
         })
     }
 
@@ -124,6 +129,17 @@ impl Subscribed {
             }
         }
         self.settled.notify_waiters();
+    }
+
+    pub(crate) fn health(&self) -> Health {
+        let reason = if self.breaker.is_open() {
+            "handlers of many keys fail: waiting for a probe to succeed"
+        } else if self.polling_fails.load(Atomic::Relaxed) {
+            "the transport fails: trying again"
+        } else {
+            return Health::Running;
+        };
+        Health::Degraded { topic: self.topic.clone(), group: self.group.clone(), reason }
     }
 
     pub(crate) fn counts(&self) -> Counts {

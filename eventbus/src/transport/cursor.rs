@@ -334,8 +334,13 @@ impl Cursor {
 
     fn hand(&mut self, offset: u64, until: Instant) -> Option<Handed> {
         let slot = self.slot(offset)?;
-        let State::Waiting { content, .. } = &slot.state else { return None };
-        let content = content.clone();
+        let content = match std::mem::replace(&mut slot.state, State::Settled) {
+            State::Waiting { content, .. } => content,
+            other => {
+                slot.state = other;
+                return None;
+            }
+        };
         slot.state = State::InHand { until, content: content.clone() };
         slot.handout = slot.handout.wrapping_add(1);
         let handed = Handed {
