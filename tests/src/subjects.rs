@@ -48,12 +48,15 @@ pub fn memory(strong: Strength) -> Subject {
 
 /// The embedded durable transport on a file of its own; every connection is a writer of its own, as
 /// another process would be.
-pub fn sqlite(partitions: u32) -> Subject {
+///
+/// `child` is the program that plays a role in another process: `CARGO_BIN_EXE_child`, with what breaks it.
+pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Subject {
     let folder = Arc::new(tempfile::tempdir());
     let path =
         folder.as_ref().as_ref().map_or_else(|_| PathBuf::new(), |folder| folder.path().join("bus.db"));
     let opened: Arc<Mutex<Vec<Sqlite>>> = Arc::default();
-    let (raw_path, filled, restarted) = (path.clone(), opened.clone(), opened.clone());
+    let (raw_path, child_path, filled, restarted) =
+        (path.clone(), path.clone(), opened.clone(), opened.clone());
     Subject::new("sqlite", move || {
         let (path, opened, folder) = (path.clone(), opened.clone(), folder.clone());
         async move {
@@ -69,6 +72,11 @@ pub fn sqlite(partitions: u32) -> Subject {
     .with_raw(move |topic, content| {
         let inserted = insert_garbage(&raw_path, topic.as_str(), &content);
         async move { inserted.map_err(|error| Error::new(ErrorKind::Unexpected, "raw insert").caused_by(error)) }
+    })
+    .with_child(move |arguments| {
+        let mut command = std::process::Command::new(child);
+        command.arg(&child_path).arg(broken).args(arguments);
+        command
     })
     .with_fill(move |on| {
         let opened = filled.lock().clone();

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use super::check::Violation;
 use super::cx::Cx;
-use super::{durability, groups, order, publish, replay, settle, surface};
+use super::{durability, groups, kill, order, publish, replay, settle, surface};
 
 /// What a subject must let the suite do for a case to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -124,8 +124,10 @@ macro_rules! __conformance_list {
             R1 replay_start_is_exact []
             R2 replay_leaves_live_groups_alone []
             R3 removed_history_is_data_loss []
+            D1 confirmed_survives_kill [Kill]
             D2 confirmed_survives_restart [Restart]
             D3 consumer_resumes_after_restart [Restart]
+            D4 killed_consumer_loses_nothing [Kill]
             D6 full_store_refuses_before_ack [Fill]
             D10 second_owner_is_refused_or_shares []
             A1 lag_counts_down []
@@ -159,6 +161,7 @@ macro_rules! table {
 mod __case_modules {
     pub(super) use super::durability::*;
     pub(super) use super::groups::*;
+    pub(super) use super::kill::*;
     pub(super) use super::order::*;
     pub(super) use super::publish::*;
     pub(super) use super::replay::*;

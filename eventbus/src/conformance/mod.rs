@@ -30,6 +30,7 @@ mod subject;
 
 mod durability;
 mod groups;
+mod kill;
 mod order;
 mod publish;
 mod replay;
@@ -39,6 +40,7 @@ mod surface;
 pub use self::cases::{CASES, Case, Hook, Run};
 pub use self::check::{Outcome, Violation};
 pub use self::cx::Cx;
+pub use self::kill::child;
 pub use self::report::{Line, Report};
 pub use self::subject::{Settings, Size, Subject};
 

@@ -16,6 +16,7 @@ type Future_<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Connect = Arc<dyn Fn() -> Future_<Result<Arc<dyn Transport>>> + Send + Sync>;
 type Raw = Arc<dyn Fn(Topic, Undecodable) -> Future_<Result<()>> + Send + Sync>;
 type Switch = Arc<dyn Fn(bool) -> Future_<Result<()>> + Send + Sync>;
+type Child = Arc<dyn Fn(&[&str]) -> std::process::Command + Send + Sync>;
 type Restart = Arc<dyn Fn() -> Future_<Result<()>> + Send + Sync>;
 
 /// How much a run does.
@@ -69,6 +70,7 @@ pub struct Subject {
     cut: Option<Switch>,
     fill: Option<Switch>,
     restart: Option<Restart>,
+    child: Option<Child>,
     settings: Settings,
 }
 
@@ -87,6 +89,7 @@ impl Subject {
             cut: None,
             fill: None,
             restart: None,
+            child: None,
             settings: Settings::default(),
         }
     }
@@ -149,6 +152,17 @@ impl Subject {
         self
     }
 
+    /// Offers [`Hook::Kill`]: a program that connects to the same store and calls
+    /// [`child`](super::child) with the given arguments. Called after the store exists.
+    #[must_use]
+    pub fn with_child(
+        mut self,
+        child: impl Fn(&[&str]) -> std::process::Command + Send + Sync + 'static,
+    ) -> Self {
+        self.child = Some(Arc::new(child));
+        self
+    }
+
     /// Returns the name.
     pub fn name(&self) -> &'static str {
         self.name
@@ -167,7 +181,8 @@ impl Subject {
             Hook::Cut => self.cut.is_some(),
             Hook::Fill => self.fill.is_some(),
             Hook::Restart => self.restart.is_some(),
-            Hook::Kill | Hook::Power | Hook::Clock => false,
+            Hook::Kill => self.child.is_some(),
+            Hook::Power | Hook::Clock => false,
         }
     }
 
@@ -184,6 +199,10 @@ impl Subject {
             Some(raw) => raw(topic.clone(), content).await,
             None => Ok(()),
         }
+    }
+
+    pub(super) fn child(&self, arguments: &[&str]) -> Option<std::process::Command> {
+        self.child.as_ref().map(|child| child(arguments))
     }
 
     pub(super) async fn cut(&self, on: bool) -> Result<()> {

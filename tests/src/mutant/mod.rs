@@ -132,6 +132,9 @@ mutants! {
 /// beside the contract proves it.
 pub const DECIDED_BY_THE_COMPILER: &[&str] = &["A5"];
 
+/// Defects of the child program `tests/src/bin/child.rs`, with the case that catches each.
+pub const BROKEN_CHILDREN: &[(&str, &str)] = &[("confirms_before_storing", "D1"), ("acks_on_delivery", "D4")];
+
 /// What the values of one mutant share: the hooks' switches and the defect's memory.
 #[derive(Debug, Default)]
 pub(crate) struct World {

@@ -1,0 +1,160 @@
+//! D1, D4: processes that die. The child plays a role and says what it has done; the parent kills it
+//! and compares.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use super::check::{Violation, ensure, ensure_eq};
+use super::cx::{Checked, Cx};
+use crate::capability::Durability;
+use crate::envelope::Envelope;
+use crate::error::Result;
+use crate::id::EventId;
+use crate::name::{Group, Topic};
+use crate::subscription::Subscription;
+use crate::transport::{Polled, Settle, Transport};
+
+/// Plays the child's role: `publish TOPIC` or `consume TOPIC GROUP`. Ends only by being killed, or by
+/// an error. A subject's child program connects and calls this with its arguments.
+///
+/// # Errors
+/// What the transport reports, or a role that does not exist.
+pub async fn child(transport: Arc<dyn Transport>, arguments: &[String]) -> Result<()> {
+    match arguments {
+        [role, topic] if role == "publish" => publish(&*transport, &Topic::new(topic)?).await,
+        [role, topic, group] if role == "consume" => {
+            consume(&*transport, &Topic::new(topic)?, Group::new(group)?).await
+        }
+        other => Err(crate::Error::config(format!("not a role: {}", other.join(" ")))),
+    }
+}
+
+/// Says a word about an event; the parent may kill us right after any of them.
+fn say(word: &str, id: &EventId) {
+    let mut out = std::io::stdout().lock();
+    // A parent that does not listen any more has killed us already.
+    drop(writeln!(out, "{word} {id}").and_then(|()| out.flush()));
+}
+
+async fn publish(transport: &dyn Transport, topic: &Topic) -> Result<()> {
+    let publisher = transport.publisher().await?;
+    for n in 0u64.. {
+        let event = Envelope::new("conformance.event", "/child")
+            .with_key((n % 7).to_string())
+            .with_payload(vec![7; 100]);
+        let id = event.id().clone();
+        publisher.enqueue(topic, vec![event]).await?.await.single()?;
+        say("ok", &id);
+    }
+    Ok(())
+}
+
+async fn consume(transport: &dyn Transport, topic: &Topic, group: Group) -> Result<()> {
+    let consumer = transport.subscribe(&Subscription::group(topic.clone(), group)).await?;
+    loop {
+        let Polled::Deliveries(deliveries) = consumer.poll(super::cx::some(64)).await? else { continue };
+        let ids: Vec<_> = deliveries
+            .iter()
+            .filter_map(|delivery| Some((delivery.token, delivery.content.envelope()?.id().clone())))
+            .collect();
+        ids.iter().for_each(|(_, id)| say("got", id));
+        // One by one, so that a kill falls between two of them.
+        for (token, id) in ids {
+            consumer.settle(&[(token, Settle::Ack)]).await?.all()?;
+            say("acked", &id);
+        }
+    }
+}
+
+/// Runs a child until it has said a word so often, kills it, and returns all it said.
+async fn run_and_kill(
+    cx: &Cx,
+    arguments: &[&str],
+    word: &'static str,
+    times: usize,
+) -> Checked<Vec<(String, EventId)>> {
+    let mut command = cx.subject.child(arguments).ok_or_else(|| Violation::new("no child program"))?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| Violation::new(format!("the child did not start: {error}")))?;
+    let stdout = child.stdout.take().ok_or_else(|| Violation::new("the child has no output"))?;
+    let reading = tokio::task::spawn_blocking(move || {
+        let mut said = Vec::new();
+        let mut left = times;
+        for line in BufReader::new(stdout).lines().map_while(std::io::Result::ok) {
+            if let Some((first, id)) = line.split_once(' ') {
+                said.push((first.to_owned(), EventId::parse(id)));
+                if first == word {
+                    left = left.saturating_sub(1);
+                }
+            }
+            if left == 0 {
+                // SIGKILL: nothing of the child runs after this. What it had said stays in the pipe.
+                drop(child.kill());
+                left = usize::MAX;
+            }
+        }
+        drop(child.wait());
+        said
+    });
+    cx.within("the child", reading).await?.map_err(|panic| Violation::new(panic.to_string()))
+}
+
+pub(super) async fn confirmed_survives_kill(mut cx: Cx) -> Checked {
+    let s = cx.setup().await?;
+    ensure!(
+        s.capabilities.durability >= Durability::Process,
+        "a child cannot publish to a volatile transport"
+    );
+    let mut confirmed = Vec::new();
+    for _ in 0..cx.size(3, 20) {
+        let times = cx.random.usize(5..60);
+        let said = run_and_kill(&cx, &["publish", s.topic.as_str()], "ok", times).await?;
+        ensure!(said.len() >= times, "the child ended by itself after {} of {times}", said.len());
+        confirmed.extend(said.into_iter().map(|(_, id)| id));
+    }
+    let mut member = s.member;
+    let found: Vec<_> =
+        member.drain().await?.into_iter().filter_map(|d| Some(d.content.envelope()?.id().clone())).collect();
+    let lost = confirmed.iter().filter(|id| !found.contains(id)).count();
+    ensure_eq!(lost, 0, "confirmed events that are gone, of {}", confirmed.len());
+    Ok(())
+}
+
+pub(super) async fn killed_consumer_loses_nothing(mut cx: Cx) -> Checked {
+    let s = cx.setup().await?;
+    // The group exists; its member here leaves, so that the children get everything.
+    s.member.close().await?;
+    let events = cx.events(cx.size(200, 1_000), 25);
+    s.publish(&events).await?;
+    let (mut got, mut acked) = (std::collections::HashSet::new(), std::collections::HashSet::new());
+    for _ in 0..cx.size(2, 10) {
+        let times = cx.random.usize(5..30);
+        for (word, id) in
+            run_and_kill(&cx, &["consume", s.topic.as_str(), s.group.as_str()], "acked", times).await?
+        {
+            if word == "acked" {
+                acked.insert(id)
+            } else {
+                got.insert(id)
+            };
+        }
+    }
+    ensure!(got.len() > acked.len(), "nothing was in hand at a kill: the case proved nothing");
+    let mut last = cx.join(&s.transport, &s.topic, &s.group).await?;
+    let mut returned = Vec::new();
+    while acked.len() + returned.len() < events.len() {
+        let deliveries = last.poll(64).await?;
+        last.ack(&deliveries).await?;
+        returned.extend(deliveries.into_iter().filter_map(|d| Some(d.content.envelope()?.id().clone())));
+        returned.retain(|id| !acked.contains(id));
+    }
+    last.stays_quiet("after everything returned").await?;
+    let lost =
+        events.iter().filter(|event| !acked.contains(event.id()) && !returned.contains(event.id())).count();
+    ensure_eq!(lost, 0, "events neither acked by a killed child nor returned");
+    Ok(())
+}
