@@ -171,14 +171,14 @@ impl Lanes {
         next
     }
 
-    /// Takes back everything that has not begun.
+    /// Takes back everything that has not begun, in order within each lane.
     pub(super) fn take_waiting(&self) -> Vec<Delivery> {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         let mut waiting = Vec::new();
         for (lane, delivery) in inner.ready.drain(..) {
-            inner.busy.remove(&lane).into_iter().for_each(|behind| waiting.extend(behind));
             waiting.push(delivery);
+            waiting.extend(inner.busy.remove(&lane).into_iter().flatten());
         }
         inner.busy.values_mut().for_each(|behind| waiting.extend(behind.drain(..)));
         waiting
@@ -236,9 +236,10 @@ mod tests {
                 .is_empty()
         );
         let (running, _) = lanes.next().await.unwrap();
-        let mut waiting: Vec<_> = lanes.take_waiting().iter().map(|d| d.token.low()).collect();
-        waiting.sort_unstable();
-        assert_eq!(waiting, [2, 3]);
+        assert!(lanes.add(vec![delivery(Some("b"), 4), delivery(Some("b"), 5)]).is_empty());
+        let waiting: Vec<_> = lanes.take_waiting().iter().map(|d| d.token.low()).collect();
+        // A lane that is put back must begin with its first.
+        assert_eq!(waiting, [3, 4, 5, 2]);
         assert!(lanes.done(&running).is_none());
     }
 

@@ -54,6 +54,9 @@ pub(super) async fn run(
     }
     let ended = intake(&subscribed, &returning, &mut stop).await;
     drop(returning);
+    if let Err(error) = &ended {
+        tracing::error!(%error, topic = %subscribed.topic, group = %subscribed.group, "the subscription ended");
+    }
     let deadline = Instant::now() + drain_within;
     // What has not begun goes back: it is delivered to whoever comes next.
     let waiting = subscribed.lanes.take_waiting();
@@ -94,8 +97,14 @@ async fn intake(
             () = async { drop(stop.wait_for(|stop| *stop).await) } => return Ok(()),
             () = emptied(subscribed, &leaving), if !leaving.is_empty() => {
                 let ready = free(subscribed, &leaving);
-                subscribed.consumer.release(&ready).await?;
-                leaving.retain(|partition| !ready.contains(partition));
+                match subscribed.consumer.release(&ready).await {
+                    Ok(()) => leaving.retain(|partition| !ready.contains(partition)),
+                    Err(error) => {
+                        // At the deadline they are taken all the same.
+                        tracing::warn!(%error, topic = %subscribed.topic, "partitions could not be released; trying again");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                }
                 continue;
             }
             polled = subscribed.consumer.poll(subscribed.policy.window) => polled,

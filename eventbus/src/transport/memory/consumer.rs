@@ -128,7 +128,7 @@ impl MemoryConsumer {
         if group.members.get(&self.member).is_some_and(|member| !member.news.is_empty()) {
             return Ok(Looked::Again);
         }
-        Ok(Looked::WaitUntil(group.wake_at()))
+        Ok(Looked::WaitUntil(group.wake_at(self.member, now)))
     }
 
     fn collect(&self, group: &mut GroupState, logs: &[Log], max: usize, now: Instant) -> Vec<Delivery> {

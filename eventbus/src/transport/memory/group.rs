@@ -141,12 +141,18 @@ impl GroupState {
         }
     }
 
-    /// When [`keep_time`](Self::keep_time) has something to do next, for the partitions of all members.
-    pub(super) fn wake_at(&self) -> Option<Instant> {
-        let shares = self.shares.iter().flat_map(|share| [share.cursor.wake_at(), share.revoke_at]).flatten();
-        let silent =
-            self.members.values().filter(|member| self.members.len() > 1 && member.polls_waiting == 0);
-        shares.chain(silent.map(|member| member.alive_until)).min()
+    /// When a waiting member has to look again: [`keep_time`](Self::keep_time) has something to do, or
+    /// an event that the member could take is due. Anything else would wake it for nothing, again and again.
+    pub(super) fn wake_at(&self, member: u64, now: Instant) -> Option<Instant> {
+        let has_room = self.members.get(&member).is_some_and(|member| member.hand.room() > 0);
+        let shares = self.shares.iter().flat_map(|share| {
+            let takes = has_room && share.owner == Some(member) && share.revoke_at.is_none();
+            [share.cursor.expiry(), share.revoke_at, takes.then(|| share.cursor.due_at()).flatten()]
+        });
+        let owners = self.shares.iter().filter_map(|share| self.members.get(&share.owner?));
+        let silent = owners
+            .filter(|owner| self.members.len() > 1 && owner.polls_waiting == 0 && owner.alive_until > now);
+        shares.flatten().chain(silent.map(|owner| owner.alive_until)).min()
     }
 
     /// Hands partitions back; what is in hand of them goes to the next owner.

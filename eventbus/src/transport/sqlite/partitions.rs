@@ -149,9 +149,15 @@ impl Partitions {
         self.owned.contains_key(&partition)
     }
 
-    /// When something changes by itself.
+    /// When to look again although nothing arrives: a lease or a time to release ends, or an event that
+    /// the window has room for is due.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        self.owned.values().flat_map(|owned| [owned.cursor.wake_at(), owned.revoke_at]).flatten().min()
+        let has_room = self.hand.room() > 0;
+        let times = self.owned.values().flat_map(|owned| {
+            let takes = has_room && owned.revoke_at.is_none();
+            [owned.cursor.expiry(), owned.revoke_at, takes.then(|| owned.cursor.due_at()).flatten()]
+        });
+        times.flatten().min()
     }
 
     /// Partitions to read: nothing is buffered and the window has room.

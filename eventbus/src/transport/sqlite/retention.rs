@@ -15,6 +15,7 @@ const MAX_ROWS: u64 = 2_000;
 
 impl Job for Trim {
     fn run(&mut self, round: &mut Round<'_>) -> Result<()> {
+        forget_dead_broadcasts(round)?;
         let sql = "SELECT p.topic, p.partition, p.first, p.next, t.max_age, t.max_events,
                 (SELECT min(c.floor) FROM eventbus_cursor c JOIN eventbus_group g ON g.id = c.grp
                  WHERE g.topic = p.topic AND c.partition = p.partition)
@@ -66,6 +67,24 @@ impl Job for Trim {
             tracing::warn!(%error, "retention could not be enforced; it is tried again");
         }
     }
+}
+
+/// A broadcast whose process died would hold back retention for ever.
+fn forget_dead_broadcasts(round: &mut Round<'_>) -> Result<()> {
+    let dead = "SELECT g.id FROM eventbus_group g WHERE g.ephemeral
+        AND NOT EXISTS (SELECT 1 FROM eventbus_member m WHERE m.grp = g.id AND m.alive_until >= ?1)";
+    for sql in [
+        format!("DELETE FROM eventbus_exception WHERE grp IN ({dead})"),
+        format!("DELETE FROM eventbus_cursor WHERE grp IN ({dead})"),
+        format!("DELETE FROM eventbus_group WHERE id IN ({dead})"),
+    ] {
+        round
+            .connection
+            .prepare_cached(&sql)
+            .and_then(|mut statement| statement.execute([clock::monotonic()]))
+            .map_err(from_sqlite)?;
+    }
+    Ok(())
 }
 
 /// Removes the events of a partition below an offset. Returns how many.
