@@ -14,6 +14,11 @@ use crate::reader::{Reader, event};
 
 const TOPIC: &str = "_evt.audit";
 
+/// Names a dead letter: its place can be used again after its topic was deleted, its id with it cannot.
+pub(crate) fn name_of(place: &str, id: &eventbus::EventId) -> String {
+    format!("{place} {id}")
+}
+
 /// Notes what was done. The entry is durable when this returns.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use eventbus::Bus;
 use serde::Deserialize;
 
 use crate::exit::{Failure, Outcome};
+use crate::out::say;
 
 /// One named address.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -69,7 +70,18 @@ impl Config {
             ));
         };
         if wanted.contains("://") {
-            return Ok((String::new(), Context { url: wanted.to_owned(), ..Context::default() }));
+            // An address is as protected as the contexts that name the same place.
+            let place = |url: &str| url.split('?').next().map(str::to_owned);
+            let same = |context: &&Context| place(&context.url) == place(wanted);
+            let named: Vec<_> = self.context.iter().filter(|(_, context)| same(context)).collect();
+            let name = named.iter().find(|(_, context)| context.protected).map(|(name, _)| (*name).clone());
+            let context = Context {
+                url: wanted.to_owned(),
+                label: None,
+                protected: name.is_some(),
+                read_only: named.iter().any(|(_, context)| context.read_only),
+            };
+            return Ok((name.unwrap_or_default(), context));
         }
         match self.context.get(wanted) {
             Some(context) => Ok((wanted.to_owned(), context.clone())),
@@ -100,11 +112,20 @@ impl Session {
     /// # Errors
     /// Connect: the transport cannot be reached.
     pub(crate) async fn open(
+        creates: bool,
         name: String,
         context: Context,
         confirm: Option<String>,
         no_input: bool,
     ) -> Outcome<Self> {
+        let file = context.url.strip_prefix("sqlite://").and_then(|rest| rest.split('?').next());
+        if let Some(file) =
+            file.filter(|file| !creates && !file.is_empty() && !std::path::Path::new(file).exists())
+        {
+            return Err(Failure::Connect(format!(
+                "there is no file {file}; publish and topic create make one"
+            )));
+        }
         let bus = match eventbus::connect(&context.url).await {
             Ok(bus) => bus.with_source("/eventctl"),
             Err(error)
@@ -140,7 +161,7 @@ impl Session {
         if !self.context.protected {
             return Ok(());
         }
-        eprintln!("context {} [PROTECTED]", self.shown());
+        say!("context {} [PROTECTED]", self.shown());
         if self.confirm.as_deref() == Some(&self.name) {
             return Ok(());
         }

@@ -13,6 +13,7 @@ use crate::exit::{Failure, Outcome};
 use crate::inspect::record_at;
 use crate::out::Out;
 use crate::out::row;
+use crate::out::say;
 use crate::range::{Bound, Range, resolve};
 use crate::reader::{Filter, Reader, event};
 use crate::{audit, record};
@@ -130,7 +131,7 @@ async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Ou
             let Some(event) = event(&record).filter(|_| filter.takes(&record.content)).cloned() else {
                 continue;
             };
-            if !settled.contains(&place) {
+            if !settled.contains(&audit::name_of(&place, event.id())) {
                 found.push(Letter { place, record, event });
             }
         }
@@ -186,7 +187,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 json.to_string()
             };
             out.line(text)?;
-            eprintln!("next: eventctl dlq redrive {reference} --execute");
+            say!("next: eventctl dlq redrive {reference} --execute");
             Ok(())
         }
         What::Redrive { references, reason, dest, filter, to, max, all, max_replays, execute } => {
@@ -200,6 +201,16 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             {
                 return Err(Failure::NotFound(format!("there is no open dead letter at {missing}")));
             }
+            let no_event = |letter: &Letter| {
+                letter.event.event_type() == "evt.undecodable"
+                    || letter.event.extension("evt-dlq-origin").is_none()
+            };
+            if matches!(to.as_str(), "handler" | "origin")
+                && let Some(letter) = chosen.iter().find(|letter| no_event(letter))
+            {
+                let why = "is no event that a handler could take: choose others, or give --to TOPIC";
+                return Err(Failure::Refused(format!("{} {why}", letter.place)));
+            }
             let n_tired = chosen.iter().filter(|letter| letter.n_replays() >= *max_replays).count();
             chosen.retain(|letter| letter.n_replays() < *max_replays);
             if !all {
@@ -211,15 +222,12 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 String::new()
             };
             if !execute {
-                eprintln!(
-                    "would redrive {} dead letters to {to}{tired}; add --execute to do it",
-                    chosen.len()
-                );
+                say!("would redrive {} dead letters to {to}{tired}; add --execute to do it", chosen.len());
                 return Ok(());
             }
             session.may_write()?;
             redrive(session, &chosen, to).await?;
-            eprintln!("redrove {} dead letters to {to}{tired}", chosen.len());
+            say!("redrove {} dead letters to {to}{tired}", chosen.len());
             Ok(())
         }
         What::Resolve { references, reason, execute } => {
@@ -230,12 +238,15 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 return Err(Failure::NotFound(format!("there is no open dead letter at {missing}")));
             }
             if !execute {
-                eprintln!("would resolve {} dead letters; add --execute to do it", references.len());
+                say!("would resolve {} dead letters; add --execute to do it", references.len());
                 return Ok(());
             }
             session.may_write()?;
-            audit::note(session, "resolve", json!({"letters": references, "reason": reason})).await?;
-            eprintln!("resolved {} dead letters", references.len());
+            let closed = open.iter().filter(|letter| references.contains(&letter.place));
+            let names: Vec<_> =
+                closed.map(|letter| audit::name_of(&letter.place, letter.event.id())).collect();
+            audit::note(session, "resolve", json!({"letters": names, "reason": reason})).await?;
+            say!("resolved {} dead letters", references.len());
             Ok(())
         }
     }
@@ -253,7 +264,9 @@ async fn redrive(session: &Session, letters: &[Letter], to: &str) -> Outcome {
         let mut event = letter
             .event
             .clone()
-            .without_extensions(|name| name.starts_with("evt-dlq-"))
+            .without_extensions(|name| {
+                name.starts_with("evt-dlq-") || matches!(name, "evt-replay-group" | "evt-replay-handler")
+            })
             .with_extension("evt-replay-of", &letter.place)
             .with_extension("evt-replay-count", count.to_string());
         if to == "handler" {
@@ -262,7 +275,12 @@ async fn redrive(session: &Session, letters: &[Letter], to: &str) -> Outcome {
                 .with_extension("evt-replay-handler", letter.mark("evt-dlq-handler"));
         }
         publisher.enqueue(&topic, vec![event]).await?.await.all()?;
-        audit::note(session, "redrive", json!({"letters": [letter.place], "to": to})).await?;
+        audit::note(
+            session,
+            "redrive",
+            json!({"letters": [audit::name_of(&letter.place, letter.event.id())], "to": to}),
+        )
+        .await?;
     }
     Ok(())
 }

@@ -24,7 +24,7 @@ use serde_json::json;
 
 use crate::context::{Config, Session};
 use crate::exit::{Failure, Outcome};
-use crate::out::{Format, Out, row};
+use crate::out::{Format, Out, row, say};
 
 /// Publish, tail, inspect, replay and redrive on the event bus.
 ///
@@ -119,7 +119,7 @@ async fn main() -> ExitCode {
         Err(failure) => {
             let text = failure.to_string();
             if !text.is_empty() {
-                eprintln!("eventctl: {text}");
+                say!("eventctl: {text}");
             }
             failure.code()
         }
@@ -153,8 +153,13 @@ async fn run(cli: &Cli) -> Outcome {
         });
         return out.rows(rows.collect());
     }
+    let creates = match &cli.command {
+        Command::Publish(_) => true,
+        Command::Topic(topic) => topic.creates(),
+        _ => false,
+    };
     let (name, context) = config.find(cli.context.as_deref())?;
-    let session = Session::open(name, context, cli.confirm.clone(), cli.no_input).await?;
+    let session = Session::open(creates, name, context, cli.confirm.clone(), cli.no_input).await?;
     let outcome = match &cli.command {
         Command::Publish(publish) => publish::run(&session, publish, &mut out, cli.quiet).await,
         Command::Tail(tail) => tail::run(&session, tail, &mut out).await,

@@ -144,3 +144,13 @@ macro_rules! row {
 }
 
 pub(crate) use row;
+
+/// Says something on standard error; nobody listening is no failure.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stderr(), $($text)*));
+    }};
+}
+
+pub(crate) use say;

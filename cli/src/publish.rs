@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
+use crate::out::say;
 use crate::record;
 
 /// How input is cut into events.
@@ -118,7 +119,7 @@ impl Publish {
         })
     }
 
-    fn source(&self) -> Outcome<Box<dyn BufRead>> {
+    fn source(&self) -> Outcome<Box<dyn BufRead + Send>> {
         match (&self.file, self.body.as_deref()) {
             (Some(path), _) => {
                 let file = std::fs::File::open(path)
@@ -154,21 +155,43 @@ impl Publish {
 /// Partial: some events were stored and others were not.
 pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, quiet: bool) -> Outcome {
     session.may_write()?;
-    let mut sender = Sender { session, publish, out, quiet, n_stored: 0, n_failed: 0 };
+    let mut sender =
+        Sender { session, publish, out, quiet, reports: publish.report.is_some(), n_stored: 0, n_failed: 0 };
     if publish.null {
         sender.send(vec![publish.event(None)?]).await?;
     } else if publish.input == Input::Raw {
-        let mut body = Vec::new();
-        publish.source()?.read_to_end(&mut body)?;
+        let mut source = publish.source()?;
+        let mut body = on_thread(move |sender| {
+            let mut body = Vec::new();
+            let read = source.read_to_end(&mut body).map(|_| body);
+            drop(sender.blocking_send(read));
+        });
+        let body = body.recv().await.unwrap_or_else(|| Ok(Vec::new()))?;
         sender.send(vec![publish.event(Some(body))?]).await?;
     } else {
-        let mut batch = Vec::new();
-        for (at, line) in publish.source()?.lines().enumerate() {
+        let source = publish.source()?;
+        let mut lines = on_thread(move |sender| {
+            let mut sent = source.lines().map(|line| sender.blocking_send(line));
+            while let Some(Ok(())) = sent.next() {}
+        });
+        let (mut batch, mut at) = (Vec::new(), 0);
+        while let Some(line) = lines.recv().await {
+            at += 1;
             let line = line?;
             if line.is_empty() && publish.input != Input::Lines {
                 continue;
             }
-            batch.push(publish.parse(&line, at + 1)?);
+            match publish.parse(&line, at) {
+                Ok(event) => batch.push(event),
+                Err(failure) => {
+                    // What was read before the broken line is published, and the line is named.
+                    sender.send(batch).await?;
+                    return Err(match sender.n_stored {
+                        0 => failure,
+                        n => Failure::Partial(format!("{failure}; {n} events before it were stored")),
+                    });
+                }
+            }
             if batch.len() == WINDOW {
                 sender.send(std::mem::take(&mut batch)).await?;
             }
@@ -182,11 +205,21 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
     }
 }
 
+/// Reads on a thread of its own: a blocking read must not keep Ctrl-C and the time-out waiting.
+fn on_thread<T: Send + 'static>(
+    work: impl FnOnce(tokio::sync::mpsc::Sender<T>) + Send + 'static,
+) -> tokio::sync::mpsc::Receiver<T> {
+    let (sender, receiver) = tokio::sync::mpsc::channel(WINDOW);
+    std::thread::spawn(move || work(sender));
+    receiver
+}
+
 struct Sender<'a> {
     session: &'a Session,
     publish: &'a Publish,
     out: &'a mut Out,
     quiet: bool,
+    reports: bool,
     n_stored: usize,
     n_failed: usize,
 }
@@ -211,25 +244,23 @@ impl Sender<'_> {
                     self.n_stored += 1;
                     let place =
                         format!("{topic}/{}@{}", receipt.partition, receipt.offset.unwrap_or_default());
-                    if self.publish.report.is_some() {
-                        self.out.line(
-                            json!({"ref": place, "id": id.to_string(), "duplicate": receipt.duplicate}),
-                        )?;
+                    if self.reports {
+                        let line =
+                            json!({"ref": place, "id": id.to_string(), "duplicate": receipt.duplicate});
+                        // Nobody reads the receipts any more: that is no reason to stop publishing.
+                        self.reports = self.out.line(line).is_ok();
                     } else if single && !self.quiet {
-                        eprintln!(
-                            "published {place}  id {id}  {size} B  {} ms",
-                            started.elapsed().as_millis()
-                        );
+                        say!("published {place}  id {id}  {size} B  {} ms", started.elapsed().as_millis());
                     }
                 }
                 Err(error) => {
                     self.n_failed += 1;
-                    eprintln!("eventctl: {id}: {error}");
+                    say!("eventctl: {id}: {error}");
                 }
             }
         }
         if !single && !self.quiet {
-            eprintln!("published {} to {topic}", self.n_stored);
+            say!("published {} to {topic}", self.n_stored);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Ranges, the same on every transport: `start`, `end`, `N`, `-N`, `+N`, `@TIME`, `@-1h`, and `A:B`.
 
 use std::str::FromStr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use eventbus::admin::{Admin, PartitionInfo};
 use eventbus::time::from_rfc3339;
@@ -25,6 +25,8 @@ pub(crate) enum Bound {
     Plus(u64),
     /// The first record stored at or after a time.
     Time(SystemTime),
+    /// The first record stored so long after the range's begin.
+    PlusTime(Duration),
 }
 
 impl FromStr for Bound {
@@ -37,7 +39,10 @@ impl FromStr for Bound {
             _ if text == "end" => Ok(Self::End),
             Some(("@", time)) => parse_time(time).map(Self::Time),
             Some(("-", digits)) => number(digits).map(Self::Last),
-            Some(("+", digits)) => number(digits).map(Self::Plus),
+            Some(("+", rest)) => match parse_duration(rest) {
+                Some(after) => Ok(Self::PlusTime(after)),
+                None => number(rest).map(Self::Plus),
+            },
             _ => number(text)
                 .map(Self::At)
                 .map_err(|_| format!("expected start, end, N, -N, +N or @TIME: {text}")),
@@ -55,8 +60,7 @@ fn parse_time(text: &str) -> Result<SystemTime, String> {
         _ => text.to_owned(),
     };
     // Minutes are enough: 10:00Z is 10:00:00Z.
-    let seconds =
-        full.rsplit_once('Z').map(|(front, _)| front).filter(|front| front.matches(':').count() == 1);
+    let seconds = full.strip_suffix('Z').filter(|front| front.matches(':').count() == 1);
     let full = seconds.map_or(full.clone(), |front| format!("{front}:00Z"));
     from_rfc3339(&full).ok_or_else(bad)
 }
@@ -116,7 +120,13 @@ pub(crate) async fn resolve(admin: &dyn Admin, topic: &Topic, range: Range) -> O
     let mut spans = Vec::new();
     for partition in info.partitions {
         let from = bound(admin, topic, &partition, range.from, partition.first).await?;
-        let to = bound(admin, topic, &partition, range.to, from).await?;
+        let to = match (range.from, range.to) {
+            (Bound::Time(begin), Bound::PlusTime(after)) => {
+                let end = begin.checked_add(after).map_or(Bound::End, Bound::Time);
+                bound(admin, topic, &partition, end, from).await?
+            }
+            (_, to) => bound(admin, topic, &partition, to, from).await?,
+        };
         spans.push(Span { partition: partition.partition, from, to: to.max(from) });
     }
     Ok(spans)
@@ -135,6 +145,9 @@ async fn bound(
         Bound::At(offset) => Offset(offset),
         Bound::Last(n) => Offset(of.next.0.saturating_sub(n)),
         Bound::Plus(n) => Offset(begin.0.saturating_add(n)),
+        Bound::PlusTime(_) => {
+            return Err(Failure::Usage("a duration such as +30m needs a range that begins at a time".into()));
+        }
         Bound::Time(time) => admin.offset_at(topic, of.partition, time).await?,
     };
     Ok(offset.clamp(of.first, of.next))
@@ -154,12 +167,19 @@ mod tests {
             (":+7", Bound::Start, Bound::Plus(7)),
             ("@2026-08-22", time("2026-08-22T00:00:00Z"), Bound::End),
             ("@2026-08-22T10:00Z:+30", time("2026-08-22T10:00:00Z"), Bound::Plus(30)),
+            (
+                "@2026-08-22T10:00Z:+30m",
+                time("2026-08-22T10:00:00Z"),
+                Bound::PlusTime(Duration::from_secs(1800)),
+            ),
             ("@2026-08-22T10:00:05Z:@2026-08-23", time("2026-08-22T10:00:05Z"), time("2026-08-23T00:00:00Z")),
         ] {
             assert_eq!(text.parse::<Range>().unwrap(), Range { from, to }, "{text}");
         }
         assert!(matches!("@-1h:end".parse::<Range>().unwrap().from, Bound::Time(_)));
-        for bad in ["", "middle", "@yesterday", "5-10"] {
+        for bad in
+            ["", "middle", "@yesterday", "5-10", "@2026-08-22T10:00Z:+30x", "@2026-08-22T10:00Znonsense"]
+        {
             assert!(bad.parse::<Range>().is_err(), "{bad}");
         }
     }

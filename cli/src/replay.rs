@@ -10,6 +10,7 @@ use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::row;
+use crate::out::say;
 use crate::range::{Bound, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
 use crate::{audit, record};
@@ -99,7 +100,7 @@ pub(crate) async fn run(session: &Session, replay: &Replay, out: &mut Out) -> Ou
     }
     if !execute {
         out.rows(plan.by_type.iter().map(|(name, n)| row! {"type": name, "events": n}).collect())?;
-        eprintln!(
+        say!(
             "plan: {} scanned, {} match, {} keys, {} B to {}; over --max-replays: {}; nothing was written; replay run … --execute does it",
             plan.n_scanned,
             plan.n_matched,
@@ -140,7 +141,7 @@ pub(crate) async fn run(session: &Session, replay: &Replay, out: &mut Out) -> Ou
     }
     let details = json!({"replay": id, "source": flags.source.as_str(), "to": flags.to.as_str(), "events": n_published});
     audit::note(session, "replay", details).await?;
-    eprintln!("replayed {n_published} events from {} to {}", flags.source, flags.to);
+    say!("replayed {n_published} events from {} to {}", flags.source, flags.to);
     Ok(())
 }
 

@@ -98,6 +98,9 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
 }
 
 fn write(session: &Session, tail: &Tail, out: &mut Out, record: &Record) -> Outcome {
+    if out.format() == crate::out::Format::None {
+        return Ok(());
+    }
     if out.format().is_for_people() {
         return out.line(for_people(tail, record));
     }

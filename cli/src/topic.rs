@@ -8,6 +8,7 @@ use eventbus::{Topic, TopicSpec};
 
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
+use crate::out::say;
 use crate::range::{Bound, Range, resolve};
 
 /// Creates, empties and deletes topics.
@@ -62,6 +63,13 @@ enum What {
     },
 }
 
+impl TopicCommand {
+    /// Whether the command may make a file that does not exist.
+    pub(crate) fn creates(&self) -> bool {
+        matches!(self.what, What::Create { .. })
+    }
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 12h or 7d".to_owned())
 }
@@ -83,8 +91,8 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
                 spec = spec.with_max_events(*keep);
             }
             match admin.declare(&spec).await? {
-                true => eprintln!("created {topic} with {partitions} partitions"),
-                false if *if_not_exists => eprintln!("{topic} exists with {partitions} partitions"),
+                true => say!("created {topic} with {partitions} partitions"),
+                false if *if_not_exists => say!("{topic} exists with {partitions} partitions"),
                 false => {
                     return Err(Failure::Runtime(format!(
                         "{topic} exists already (--if-not-exists accepts that)"
@@ -100,19 +108,19 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
                 .ok_or_else(|| Failure::NotFound(format!("there is no topic {topic}")))?;
             let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
             if !execute {
-                eprintln!("would delete {topic} with {kept} events; add --execute to do it");
+                say!("would delete {topic} with {kept} events; add --execute to do it");
                 return Ok(());
             }
             session.may_write()?;
             admin.delete_topic(topic).await?;
-            eprintln!("deleted {topic} with {kept} events");
+            say!("deleted {topic} with {kept} events");
             Ok(())
         }
         What::Purge { topic, before, execute } => {
             let spans = resolve(admin, topic, Range { from: Bound::Start, to: *before }).await?;
             let total: u64 = spans.iter().map(crate::range::Span::len).sum();
             if !execute {
-                eprintln!("would remove {total} events of {topic}; add --execute to do it");
+                say!("would remove {total} events of {topic}; add --execute to do it");
                 return Ok(());
             }
             session.may_write()?;
@@ -120,7 +128,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
             for span in spans {
                 removed += admin.purge(topic, span.partition, span.to).await?;
             }
-            eprintln!("removed {removed} events of {topic}");
+            say!("removed {removed} events of {topic}");
             Ok(())
         }
     }

@@ -225,6 +225,7 @@ fn contexts_protect_from_writing() {
     assert_eq!(shell.lines(&["tail", "t"]).len(), 1, "something was written");
     assert_eq!(run("prod", &["publish", "t", "x", "--confirm", "prod"]).0, 0);
     assert_eq!(run("look", &["tail", "t"]).0, 0);
+    assert_eq!(run(&url, &["publish", "t", "x"]).0, 5, "an address is as protected as its contexts");
     assert_eq!(run("nowhere", &["tail", "t"]).0, 2);
 }
 
@@ -257,6 +258,9 @@ fn a_range_is_replayed_into_a_new_topic() {
 #[test]
 fn doctor_and_capabilities_answer() {
     let shell = Shell::new();
+    let (code, stderr) = shell.code(&["doctor"]);
+    assert_eq!(code, 6, "reading must not make a file: {stderr}");
+    assert!(shell.run(&["topic", "create", "t"]).status.success());
     let checks = shell.lines(&["doctor"]);
     assert!(checks.iter().all(|check| check["state"] == "ok"), "{checks:?}");
     assert!(checks.iter().any(|check| check["check"].as_str().unwrap().starts_with("canary")));
@@ -294,4 +298,31 @@ fn help_pages_are_as_checked_in() {
         std::fs::read_to_string(&path).unwrap_or_default(),
         "run with UPDATE_HELP=1 if the change is meant"
     );
+}
+
+/// What was read before a broken line is stored and counted; a reader of receipts that leaves stops nothing.
+#[test]
+fn partial_work_is_told() {
+    let shell = Shell::new();
+    let lines: String = (0..300).map(|n| format!("{{\"n\":{n}}}\n")).collect();
+    let output =
+        shell.run_with(&["publish", "t", "-", "--input", "jsonl"], &format!("{lines}broken\n{{}}\n"));
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("line 301") && text(&output.stderr).contains("300 events"),
+        "{}",
+        text(&output.stderr)
+    );
+    let script = format!(
+        "seq 2000 | '{}' -c '{}' publish u - --input lines --report jsonl | head -1 > /dev/null; echo ${{PIPESTATUS[1]}}",
+        env!("CARGO_BIN_EXE_eventctl"),
+        shell.url("a")
+    );
+    assert_eq!(text(&Command::new("bash").args(["-c", &script]).output().unwrap().stdout), "0\n");
+    let topics = shell.lines(&["inspect", "topics"]);
+    let kept: Vec<_> = topics
+        .iter()
+        .map(|topic| (topic["topic"].as_str().unwrap(), topic["kept"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(kept, [("t", 300), ("u", 2_000)]);
 }

@@ -61,7 +61,7 @@ pub use self::admin::{Admin, Offset, TopicSpec};
 pub use self::backoff::Retry;
 pub use self::bus::{Bus, TypedPublisher, connect};
 pub use self::capability::Capabilities;
-pub use self::driver::{Counts, Health, Running};
+pub use self::driver::{Counts, Health, Running, shutdown_signal};
 pub use self::envelope::Envelope;
 pub use self::error::{Class, Error, ErrorKind, Result};
 pub use self::event::{Command, Event, Message};

@@ -317,7 +317,10 @@ async fn outputs_have_ids_that_repeat() {
             Service::new("echo").on(topic("steps"), handle).emit_to(topic("echoes")).with_state(log.clone());
         let ear = Service::new("ear").on(topic("echoes"), heard).with_state(ids.clone());
         let (echo, ear) = (echo.start(&bus).await.unwrap(), ear.start(&bus).await.unwrap());
-        let input = Envelope::of(&Step { key: "a".into(), n: 1 }, "/t").unwrap();
+        let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let input = Envelope::of(&Step { key: "a".into(), n: 1 }, "/t")
+            .unwrap()
+            .with_extension("traceparent", parent);
         let publisher = bus.publisher().await.unwrap();
         // The same input twice, as a redelivery would be.
         publisher.publish_envelope(&topic("steps"), input.clone()).await.unwrap();
@@ -332,7 +335,7 @@ async fn outputs_have_ids_that_repeat() {
         let ids = ids.lock();
         assert_eq!(ids[0].id(), ids[1].id());
         assert_eq!(ids[0].extension("causationid").unwrap(), input.id().to_string());
-        assert_eq!(ids[0].source(), "/echo");
+        assert_eq!((ids[0].source(), ids[0].extension("traceparent")), ("/echo", Some(parent)));
     })
     .await;
 }
@@ -404,6 +407,60 @@ async fn an_outage_opens_the_breaker_and_spares_the_dead_letters() {
         let (counts, health) = (running.counts(), running.health());
         running.stop().await.unwrap();
         assert_eq!((counts.dead_lettered, &health[0]), (0, &Health::Running));
+    })
+    .await;
+}
+
+/// Instances join and leave under load: no key runs at two of them at once, every event runs once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn revocation_awaits_lanes() {
+    #[derive(Clone, Default)]
+    struct Shop(Log, Arc<Mutex<HashMap<String, u32>>>);
+    async fn handle(Typed(step): Typed<Step>, State(Shop(log, running)): State<Shop>) {
+        let before = running.lock().insert(step.key.clone(), step.n);
+        assert_eq!(before, None, "key {} runs twice at once", step.key);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        running.lock().remove(&step.key);
+        log.add(&step);
+    }
+    on_each(async |bus| {
+        let shop = Shop::default();
+        let start = async || {
+            let service = Service::new("orders")
+                .retry(Retry::never())
+                .on(topic("steps"), handle)
+                .with_state(shop.clone());
+            service.start(&bus).await.unwrap()
+        };
+        let first = start().await;
+        let publisher = bus.publisher().await.unwrap();
+        let (n_keys, each) = (60, 40);
+        for n in 0..each {
+            let batch: Vec<_> = (0..n_keys).map(|key| Step { key: format!("k{key}"), n }).collect();
+            publisher.enqueue(&topic("steps"), &batch).await.unwrap().await.all().unwrap();
+        }
+        let mut instances = vec![first];
+        for round in 1..8 {
+            shop.0.until(round * 250).await;
+            if round % 2 == 1 {
+                instances.push(start().await);
+            } else {
+                instances.remove(0).stop().await.unwrap();
+            }
+        }
+        shop.0.until((n_keys * each) as usize).await;
+        let mut dead = 0;
+        for instance in instances {
+            dead += instance.counts().dead_lettered;
+            instance.stop().await.unwrap();
+        }
+        assert_eq!(dead, 0, "a handler met another run of its key");
+        let mut next: HashMap<String, u32> = HashMap::new();
+        for (key, n) in shop.0.all() {
+            let expected = next.entry(key.clone()).or_default();
+            assert_eq!(*expected, n, "key {key} out of order or twice");
+            *expected += 1;
+        }
     })
     .await;
 }

@@ -130,7 +130,7 @@ impl Drop for Running {
 }
 
 /// Waits for SIGTERM or Ctrl-C.
-pub(crate) async fn shutdown_signal() {
+pub async fn shutdown_signal() {
     let interrupt = async { drop(tokio::signal::ctrl_c().await) };
     #[cfg(unix)]
     let terminate = async {

@@ -364,6 +364,13 @@ fn complete(
         .envelope
         .extension(extension::CORRELATION_ID)
         .map_or_else(|| cause.to_string(), str::to_owned);
+    // The origin of the journey is never rewritten (W3C trace context as a CloudEvents extension).
+    let journey = [extension::TRACE_PARENT, extension::TRACE_STATE];
+    let envelope =
+        journey.into_iter().fold(envelope, |envelope, name| match context.envelope.extension(name) {
+            Some(value) if envelope.extension(name).is_none() => envelope.with_extension(name, value),
+            _ => envelope,
+        });
     envelope
         .with_id(id)
         .with_source(subscribed.source.clone())

@@ -97,8 +97,9 @@ impl Subscribed {
         if group.is_some_and(|group| group != self.group.as_str()) {
             return None;
         }
-        let handler =
-            group.and_then(|_| envelope.extension("evt-replay-handler")).filter(|name| !name.is_empty());
+        // A handler that was renamed since is found by the type, as at first.
+        let named = group.and_then(|_| envelope.extension("evt-replay-handler"));
+        let handler = named.filter(|name| self.routes.iter().any(|route| route.name == *name));
         self.routes.iter().filter(|route| handler.is_none_or(|name| name == route.name)).find(|route| {
             let typed = route.message.is_none_or(|(event_type, version)| {
                 envelope.event_type() == event_type && envelope.version().unwrap_or(1) == version

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use eventbus::{Bus, Envelope, Failure, Running, Service, State, Typed};
+use eventbus::{Bus, Envelope, Failure, Running, State, Typed};
 use rusqlite::{OptionalExtension, params};
 
 use crate::contracts::{OrderId, OrderStarted, UserCheckoutAccepted, event_id};
-use crate::orders_file::OrderLine;
+use crate::orders_file::{FIRST_WEB_ORDER, OrderLine};
 use crate::shop::Shop;
 
 /// Basket's own tables.
@@ -18,8 +18,6 @@ CREATE TABLE IF NOT EXISTS basket_request (request TEXT PRIMARY KEY, ord INTEGER
 
 /// Checkouts published in one batch.
 const BATCH: usize = 128;
-/// Orders of the web are numbered from here, above any file's.
-const FIRST_WEB_ORDER: OrderId = 1_000_000_000;
 
 fn envelope(checkout: &UserCheckoutAccepted) -> eventbus::Result<Envelope> {
     Ok(Envelope::of(checkout, "/basket")?.with_id(event_id(checkout.order, "checkout")))
@@ -33,12 +31,12 @@ fn envelope(checkout: &UserCheckoutAccepted) -> eventbus::Result<Envelope> {
 pub async fn import(
     bus: &Bus,
     shop: &Shop,
-    file: &str,
+    digest: &str,
     lines: &[OrderLine],
     rate: Option<u32>,
 ) -> eventbus::Result<()> {
     let publisher = bus.transport().publisher().await?;
-    let name = file.to_owned();
+    let name = digest.to_owned();
     let sql = "SELECT n_lines FROM basket_import WHERE file = ?1";
     let query =
         move |tables: &rusqlite::Connection| tables.query_row(sql, [name], |row| row.get(0)).optional();
@@ -62,7 +60,7 @@ pub async fn import(
             .await?;
         publisher.enqueue(&shop.topics.checkouts, checkouts).await?.await.all()?;
         n_done += part.len();
-        let (name, n_lines) = (file.to_owned(), n_done);
+        let (name, n_lines) = (digest.to_owned(), n_done);
         let sql = "INSERT INTO basket_import VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n_lines = ?2";
         shop.store.run(move |tables| tables.execute(sql, params![name, n_lines])).await?;
     }
@@ -104,5 +102,9 @@ async fn started(Typed(event): Typed<OrderStarted>, State(shop): State<Shop>) ->
 /// # Errors
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    Service::new("basket").on(shop.topics.orders.clone(), started).with_state(shop.clone()).start(bus).await
+    shop.service(bus, "basket")
+        .on(shop.topics.orders.clone(), started)
+        .with_state(shop.clone())
+        .start(bus)
+        .await
 }

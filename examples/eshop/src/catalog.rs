@@ -1,6 +1,6 @@
 //! Catalog: products and their stock; holds it, sells it, gives it back.
 
-use eventbus::{Bus, Emits, Failure, Running, Service, State, Typed};
+use eventbus::{Bus, Emits, Failure, Running, State, Typed};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::contracts::{
@@ -124,7 +124,7 @@ async fn release(Typed(command): Typed<ReleaseStock>, State(shop): State<Shop>) 
 /// # Errors
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    Service::new("catalog")
+    shop.service(bus, "catalog")
         .on(shop.topics.waiting.clone(), validate)
         .on(shop.topics.catalog_commands.clone(), commit)
         .on(shop.topics.catalog_commands.clone(), release)

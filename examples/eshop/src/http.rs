@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::contracts::{CancelOrder, OrderId, UserCheckoutAccepted};
 use crate::machine::{Input, Next, on};
+use crate::orders_file::MAX_STORED;
 use crate::shop::Shop;
 use crate::{basket, ordering};
 
@@ -66,10 +67,17 @@ fn unavailable(error: &Error) -> Response {
 }
 
 async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<NewOrder>) -> Response {
-    if order.quantity == 0 {
-        return problem(StatusCode::UNPROCESSABLE_ENTITY, "quantity must be at least 1");
+    if order.quantity == 0 || order.buyer >= MAX_STORED || order.amount_cents >= MAX_STORED {
+        return problem(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "quantity must be at least 1, buyer and amount_cents below 2^63",
+        );
     }
-    let request = headers.get("x-request-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let request = match headers.get("x-request-id").map(|value| value.to_str()) {
+        None => None,
+        Some(Ok(id)) if !id.is_empty() => Some(id.to_owned()),
+        Some(_) => return problem(StatusCode::BAD_REQUEST, "x-request-id must be visible ASCII"),
+    };
     let NewOrder { buyer, product, quantity, amount_cents } = order;
     let checkout = |order| UserCheckoutAccepted { order, buyer, product, quantity, amount_cents };
     match basket::check_out(&door.bus, &door.shop, request, checkout).await {

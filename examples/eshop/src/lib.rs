@@ -1,5 +1,5 @@
 //! An e-shop of small services over the event bus: basket, ordering, grace task, catalog, payment,
-//! shipping and notification, each with its own tables, knowing of each other only [`contracts`].
+//! shipping and notification. They talk through the events of [`contracts`]; ordering also sets [`timers`].
 
 pub mod basket;
 pub mod catalog;

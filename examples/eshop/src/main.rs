@@ -33,7 +33,7 @@ struct Options {
     #[arg(long, value_name = "FILE")]
     orders: Option<PathBuf>,
     /// Checkouts a second [default: as fast as they are taken].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: Option<u32>,
     /// Services to run in this process.
     #[arg(
@@ -59,6 +59,14 @@ struct Options {
     summary: Option<PathBuf>,
 }
 
+/// Says something on standard error; nobody listening is no failure.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        drop(writeln!(std::io::stderr(), $($text)*));
+    }};
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     eventbus::url::parse_duration(text)
         .ok_or_else(|| "expected a duration such as 500ms, 2s or 1m".to_owned())
@@ -75,7 +83,7 @@ async fn main() -> ExitCode {
     match run(options).await {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("eshop: {error}");
+            say!("eshop: {error}");
             ExitCode::from(if error.kind() == ErrorKind::Config { 2 } else { 1 })
         }
     }
@@ -85,7 +93,7 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     let started = Instant::now();
     let file = read_orders(options.orders.as_deref())?;
     for (line, problem) in &file.broken {
-        eprintln!("eshop: line {line}: {problem}; the rest goes on");
+        say!("eshop: line {line}: {problem}; the rest goes on");
     }
     let listener = http::bind(options.listen).await?;
     let door = listener.local_addr().unwrap_or(options.listen);
@@ -100,35 +108,38 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
         tracing::info!("{line}");
     }
     tokio::spawn(http::serve(listener, bus.clone(), shop.clone()));
-    eprintln!(
+    say!(
         "eshop on {}, door at http://{door}, {} orders in the file",
         redacted(&options.bus),
         file.lines.len()
     );
 
+    let lawful = std::cell::Cell::new(true);
     let flow = async {
         if options.services.iter().any(|service| service == "basket") {
-            let name = options.orders.as_deref().map_or("shipped".into(), |path| path.display().to_string());
+            summary::watch_for(&shop, file.lines.iter().map(|line| line.order).collect()).await?;
+            let digest = file.digest();
             tokio::try_join!(
-                basket::import(&bus, &shop, &name, &file.lines, options.rate),
+                basket::import(&bus, &shop, &digest, &file.lines, options.rate),
                 watch(&shop, file.lines.len() as u64)
             )?;
             let summary = account(&bus, &shop, &services, started.elapsed()).await?;
             report(&summary, options.summary.as_deref())?;
+            lawful.set(summary.is_lawful());
             if options.until_done {
-                return Ok(Some(summary));
+                return Ok(Ended::Done);
             }
-            eprintln!("all settled; the door stays open, Ctrl-C ends");
+            say!("all settled; the door stays open, Ctrl-C ends");
         }
-        std::future::pending::<eventbus::Result<Option<Summary>>>().await
+        std::future::pending::<eventbus::Result<Ended>>().await
     };
     let outcome = tokio::select! {
         outcome = flow => outcome,
-        () = interrupted() => Ok(None),
+        () = eventbus::shutdown_signal() => Ok(Ended::Interrupted),
     };
     // A second Ctrl-C does not wait for the drain.
     tokio::spawn(async {
-        interrupted().await;
+        eventbus::shutdown_signal().await;
         std::process::exit(130);
     });
     for service in services {
@@ -136,15 +147,17 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     }
     bus.close().await?;
     Ok(match outcome? {
-        Some(summary) if !summary.is_lawful() => ExitCode::FAILURE,
-        None if options.until_done => ExitCode::from(130),
+        _ if !lawful.get() => ExitCode::FAILURE,
+        Ended::Interrupted if options.until_done => ExitCode::from(130),
         _ if !file.broken.is_empty() => ExitCode::from(PARTIAL),
         _ => ExitCode::SUCCESS,
     })
 }
 
-async fn interrupted() {
-    drop(tokio::signal::ctrl_c().await);
+/// How the flow of orders came to its end.
+enum Ended {
+    Done,
+    Interrupted,
 }
 
 /// An address without its secrets.
@@ -234,7 +247,7 @@ async fn account(bus: &Bus, shop: &Shop, services: &[Running], took: Duration) -
 }
 
 fn report(summary: &Summary, to: Option<&Path>) -> eventbus::Result<()> {
-    eprintln!("{summary}");
+    say!("{summary}");
     let Some(to) = to else { return Ok(()) };
     let failed = |error: std::io::Error| {
         Error::new(ErrorKind::Unavailable, "the summary cannot be written")

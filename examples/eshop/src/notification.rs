@@ -1,6 +1,6 @@
 //! Notification: tells buyers what became of their order, once for each event.
 
-use eventbus::{Bus, Failure, Meta, Running, Service, State, Typed};
+use eventbus::{Bus, Failure, Meta, Running, State, Typed};
 use rusqlite::params;
 
 use crate::contracts::{
@@ -81,7 +81,7 @@ async fn cancelled(
 /// # Errors
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    Service::new("notification")
+    shop.service(bus, "notification")
         .on(shop.topics.status.clone(), submitted)
         .on(shop.topics.status.clone(), shipped)
         .on(shop.topics.status.clone(), cancelled)

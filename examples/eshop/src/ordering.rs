@@ -1,6 +1,6 @@
 //! Ordering: turns checkouts into orders and leads them through their life.
 
-use eventbus::{Bus, Emits, Failure, Running, Service, State, Typed};
+use eventbus::{Bus, Emits, Failure, Running, State, Typed};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::contracts::{
@@ -264,7 +264,7 @@ async fn ship(
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
     let topics = &shop.topics;
-    Service::new("ordering")
+    shop.service(bus, "ordering")
         .on(topics.checkouts.clone(), checkout)
         .on(topics.grace.clone(), grace)
         .on(topics.stock.clone(), stock_confirmed)
@@ -282,5 +282,5 @@ pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
 /// # Errors
 /// What the bus reports.
 pub async fn start_shipping(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    Service::new("shipping").on(shop.topics.paid.clone(), ship).with_state(shop.clone()).start(bus).await
+    shop.service(bus, "shipping").on(shop.topics.paid.clone(), ship).with_state(shop.clone()).start(bus).await
 }

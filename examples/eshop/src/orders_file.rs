@@ -6,6 +6,9 @@ use crate::contracts::{OrderId, UserCheckoutAccepted};
 /// The orders that come with the example.
 pub const SHIPPED: &str = include_str!("../data/cdnow_orders.csv");
 
+/// Numbers from here do not fit the tables.
+pub const MAX_STORED: u64 = i64::MAX as u64;
+
 /// One purchase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OrderLine {
@@ -32,6 +35,9 @@ impl OrderLine {
     }
 }
 
+/// Web orders are numbered from here; a file's orders stay below.
+pub const FIRST_WEB_ORDER: OrderId = 1_000_000_000;
+
 /// What a file holds: the lines that can be read, and what is wrong with the others.
 #[derive(Debug, Default)]
 pub struct OrdersFile {
@@ -39,6 +45,14 @@ pub struct OrdersFile {
     pub lines: Vec<OrderLine>,
     /// For each broken line its number, from 1, and what is wrong.
     pub broken: Vec<(usize, String)>,
+}
+
+impl OrdersFile {
+    /// Names the content: a corrected file is another one, and is imported whole under the same ids.
+    pub fn digest(&self) -> String {
+        let text: String = self.lines.iter().map(|line| format!("{line:?}\n")).collect();
+        eventbus::EventId::derive(&eventbus::EventId::parse("orders"), &text).to_string()
+    }
 }
 
 /// Reads a file's text. A broken line is named and the rest goes on.
@@ -67,14 +81,19 @@ fn parse(line: &str) -> Result<OrderLine, String> {
     let number =
         |name: &str, text: &str| text.parse::<u64>().map_err(|_| format!("{name} is not a number: {text:?}"));
     let quantity = number("quantity", quantity)?;
+    let bounded = |name: &str, text: &str, below: u64| match number(name, text)? {
+        value if value < below => Ok(value),
+        _ => Err(format!("{name} must be below {below}")),
+    };
     Ok(OrderLine {
-        order: number("order", order)?,
-        buyer: number("buyer", buyer)?,
+        order: bounded("order", order, FIRST_WEB_ORDER)?,
+        buyer: bounded("buyer", buyer, MAX_STORED)?,
         quantity: u32::try_from(quantity)
             .ok()
             .filter(|quantity| *quantity > 0)
             .ok_or("quantity is out of range")?,
         amount_cents: cents(amount)
+            .filter(|cents| *cents < MAX_STORED)
             .ok_or_else(|| format!("amount is not dollars with two decimals: {amount:?}"))?,
     })
 }

@@ -1,6 +1,6 @@
 //! Payment: authorise, capture, void, refund; each once for an order. The provider is a fake with a rule.
 
-use eventbus::{Bus, Emits, Failure, Running, Service, State, Typed};
+use eventbus::{Bus, Emits, Failure, Running, State, Typed};
 use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::contracts::{
@@ -100,7 +100,7 @@ async fn void(Typed(command): Typed<VoidPayment>, State(shop): State<Shop>) -> R
 /// # Errors
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    Service::new("payment")
+    shop.service(bus, "payment")
         .on(shop.topics.stock_confirmed.clone(), pay)
         .on(shop.topics.payment_commands.clone(), capture)
         .on(shop.topics.payment_commands.clone(), void)

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use eventbus::capability::Replay;
+use eventbus::{Bus, Service, Start};
+
 use crate::contracts::Topics;
 use crate::store::Store;
 use crate::{basket, catalog, notification, ordering, payment, timers};
@@ -12,7 +15,7 @@ use crate::{basket, catalog, notification, ordering, payment, timers};
 /// The surroundings of a service.
 #[derive(Clone, Debug)]
 pub struct Shop {
-    /// The services' tables; each service touches only its own.
+    /// The services' tables, in one file for one group commit.
     pub store: Store,
     /// The topics.
     pub topics: Topics,
@@ -41,6 +44,13 @@ impl Shop {
             grace,
             duplicates: Arc::default(),
         })
+    }
+
+    /// Begins a service. A new one reads from the first event that is kept, so that nothing is missed
+    /// when it starts after the others; where nothing is kept, from now on.
+    pub fn service(&self, bus: &Bus, name: &str) -> Service<Self> {
+        let keeps = bus.transport().capabilities().replay >= Replay::Offset;
+        Service::new(name).start_at(if keeps { Start::Earliest } else { Start::Latest })
     }
 
     /// Notes that an input had been handled before.

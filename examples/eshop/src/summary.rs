@@ -76,10 +76,24 @@ pub struct Summary {
 /// What the tables say at one moment.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Progress {
-    /// Orders that exist.
+    /// Watched orders that exist.
     pub orders: u64,
-    /// Orders that are shipped or cancelled, told to their buyers, with nothing held or authorised.
+    /// Those that are shipped or cancelled, told to their buyers, with nothing held or authorised.
     pub settled: u64,
+}
+
+/// Names the orders to watch: those of the file, whatever else is in the tables.
+///
+/// # Errors
+/// What the tables report.
+pub async fn watch_for(shop: &Shop, orders: Vec<u64>) -> eventbus::Result<()> {
+    shop.store
+        .run(move |tables| {
+            tables.execute_batch("CREATE TEMP TABLE IF NOT EXISTS watched (ord INTEGER PRIMARY KEY)")?;
+            let mut insert = tables.prepare_cached("INSERT OR IGNORE INTO watched VALUES (?1)")?;
+            orders.iter().try_for_each(|order| insert.execute([order]).map(drop))
+        })
+        .await
 }
 
 /// Looks at how far the orders are.
@@ -90,12 +104,13 @@ pub async fn progress(shop: &Shop) -> eventbus::Result<Progress> {
     shop.store
         .run(|tables| {
             let count = |sql: &str| tables.prepare_cached(sql)?.query_row([], |row| row.get::<_, u64>(0));
-            let orders = count("SELECT count(*) FROM ordering_order")?;
-            let open =
-                count("SELECT count(*) FROM ordering_order WHERE status NOT IN ('Shipped', 'Cancelled')")?;
-            let held = count("SELECT count(*) FROM catalog_hold WHERE state = 'held'")?;
-            let authorised = count("SELECT count(*) FROM payment_payment WHERE state = 'authorised'")?;
-            let told = count("SELECT count(*) FROM notification_mail WHERE kind IN ('paid', 'cancelled')")?;
+            let orders = count("SELECT count(*) FROM ordering_order JOIN watched ON ord = id")?;
+            let open = count(
+                "SELECT count(*) FROM ordering_order JOIN watched ON ord = id WHERE status NOT IN ('Shipped', 'Cancelled')",
+            )?;
+            let held = count("SELECT count(*) FROM catalog_hold JOIN watched USING (ord) WHERE state = 'held'")?;
+            let authorised = count("SELECT count(*) FROM payment_payment JOIN watched USING (ord) WHERE state = 'authorised'")?;
+            let told = count("SELECT count(*) FROM notification_mail JOIN watched USING (ord) WHERE kind IN ('paid', 'cancelled')")?;
             Ok(Progress { orders, settled: (orders - open.max(held).max(authorised).min(orders)).min(told) })
         })
         .await

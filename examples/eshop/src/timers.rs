@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use eventbus::{Bus, Envelope, Failure, Running, Service, State, Typed};
+use eventbus::{Bus, Envelope, Failure, Running, State, Typed};
 use rusqlite::{Connection, params};
 
 use crate::contracts::{GracePeriodConfirmed, OrderId, OrderStarted, event_id};
@@ -63,7 +63,8 @@ async fn started(Typed(event): Typed<OrderStarted>, State(shop): State<Shop>) ->
 /// # Errors
 /// What the bus reports.
 pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    let running = Service::new("grace")
+    let running = shop
+        .service(bus, "grace")
         .on(shop.topics.orders.clone(), started)
         .with_state(shop.clone())
         .start(bus)

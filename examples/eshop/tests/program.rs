@@ -218,3 +218,54 @@ fn services_in_two_processes_share_the_bus() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     lawful(&summary(&output), 300);
 }
+
+/// Services that start after the first orders were published get them all the same.
+#[test]
+fn a_service_that_starts_late_misses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("orders.csv");
+    let lines: String = (1..=50).map(|order| format!("{order},1,x,1,2.00\n")).collect();
+    std::fs::write(&file, lines).unwrap();
+    let orders = ["--orders", file.to_str().unwrap(), "--stock", "100", "--services"];
+    let first =
+        [&orders[..], &["basket,grace,payment,notification", "--until-done", "--summary", "-"]].concat();
+    let first = eshop(folder.path(), &first).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(700));
+    let _late = Open::start(folder.path(), &[&orders[..], &["ordering,catalog,shipping"]].concat());
+    let output = first.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    lawful(&summary(&output), 50);
+}
+
+/// A corrected file is imported although its lines have moved; what was imported is not repeated.
+#[test]
+fn a_corrected_file_is_imported() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("orders.csv");
+    let run = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        eshop(
+            folder.path(),
+            &["--until-done", "--summary", "-", "--stock", "300", "--orders", file.to_str().unwrap()],
+        )
+        .output()
+        .unwrap()
+    };
+    let first = run("1,1,x,1,2.00\nbroken\n3,1,x,1,2.00\n");
+    assert_eq!(first.status.code(), Some(3));
+    lawful(&summary(&first), 2);
+    let second = run("1,1,x,1,2.00\n51,1,x,1,2.00\n3,1,x,1,2.00\n9223372036854775808,1,x,1,5.00\n");
+    assert_eq!(second.status.code(), Some(3), "a number that is too large is a broken line");
+    lawful(&summary(&second), 3);
+}
+
+/// SIGTERM drains and ends.
+#[test]
+fn a_polite_end_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut shop = Open::start(folder.path(), &[]);
+    let killed = Command::new("kill").args(["-TERM", &shop.0.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let status = shop.0.wait().unwrap();
+    assert_eq!(status.code(), Some(0), "{status}");
+}

@@ -128,8 +128,8 @@ mutants! {
     LeaksTask "leaks_task" on Plain: "A4";
 }
 
-/// Cases that no running transport can fail: the compiler decides them, and a `compile_fail` example
-/// beside the contract proves it.
+/// Cases that no running transport can fail: the compiler decides them, as
+/// `tests/ui/not_sendable.rs` proves.
 pub const DECIDED_BY_THE_COMPILER: &[&str] = &["A5"];
 
 /// Defects of the child program `tests/src/bin/child.rs`, with the case that catches each.
