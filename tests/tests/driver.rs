@@ -7,8 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
-    Bus, Emit, Envelope, Event, Failure, Health, Meta, Retry, Service, State, Topic, TopicSpec, Typed,
+    Admin, Bus, Emit, Envelope, Event, Failure, Health, Meta, Retry, Service, Start, State, Topic, TopicSpec,
+    Typed,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -265,37 +267,59 @@ async fn poison_reaches_the_dead_letters_once() {
     .await;
 }
 
-/// While the dead letter cannot be stored, the event is not settled.
+/// While the dead letter cannot be stored, the event is not settled; when there is room again, it is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failed_dead_letter_keeps_the_event() {
     async fn handle(Typed(_): Typed<Step>) -> Result<(), Failure> {
         Err(Failure::permanent("never", "will not work"))
     }
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = Sqlite::open_path(folder.path().join("bus.db"), Options::default()).await.unwrap();
+    let bus = Bus::new(sqlite.clone());
+    let service = Service::new("orders").retry(quick()).start_at(Start::Earliest).on(topic("steps"), handle);
+    bus.publisher().await.unwrap().publish(&topic("steps"), &Step { key: "a".into(), n: 1 }).await.unwrap();
+    sqlite.set_max_file_bytes(Some(1)).unwrap();
+    let running = service.with_state(()).start(&bus).await.unwrap();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while running.counts().redelivered < 2 {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "the event did not come again: {:?}",
+            running.counts()
+        );
+        tokio::task::yield_now().await;
+    }
+    let lag: u64 = sqlite.groups(Some(&topic("steps"))).await.unwrap().iter().map(|group| group.lag).sum();
+    assert_eq!((lag, running.counts().dead_lettered), (1, 0), "the event must stay");
+    sqlite.set_max_file_bytes(None).unwrap();
+    assert_eq!(letters(&bus, "steps", 1).await.len(), 1);
+    running.stop().await.unwrap();
+    bus.close().await.unwrap();
+}
+
+/// An event whose letter would be above the limit is dead-lettered without its body, which stays where
+/// the letter says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_would_be_too_large_goes_without_its_body() {
+    async fn handle(Typed(_): Typed<Step>) -> Result<(), Failure> {
+        Err(Failure::permanent("never", "will not work"))
+    }
     on_each(async |bus| {
-        // An event that fits its topic, and whose dead letter with its marks does not.
         let limit = bus.transport().capabilities().max_event_bytes.unwrap();
         let base = Envelope::new("test.step", "/t").with_version(1).with_key("big");
-        let body = format!("{{\"key\":\"big\",\"n\":1}}{}", " ".repeat(limit - base.size_bytes() - 20 - 8));
+        let body = format!("{{\"key\":\"big\",\"n\":1}}{}", " ".repeat(limit - base.size_bytes() - 28));
         let service = Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(());
         let running = service.start(&bus).await.unwrap();
         bus.publisher()
             .await
             .unwrap()
-            .publish_envelope(&topic("steps"), base.with_payload(body))
+            .publish_envelope(&topic("steps"), base.clone().with_payload(body))
             .await
             .unwrap();
-        let admin = bus.transport().admin().unwrap();
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-        while running.counts().redelivered < 2 {
-            assert!(
-                tokio::time::Instant::now() < deadline,
-                "the event did not come again: {:?}",
-                running.counts()
-            );
-            tokio::task::yield_now().await;
-        }
-        let lag: u64 = admin.groups(Some(&topic("steps"))).await.unwrap().iter().map(|group| group.lag).sum();
-        assert_eq!((lag, running.counts().dead_lettered), (1, 0), "the event must stay");
+        let letters = letters(&bus, "steps", 1).await;
+        assert_eq!((letters[0].id(), letters[0].payload()), (base.id(), None));
+        assert_eq!(letters[0].extension("evt-dlq-body"), Some("omitted"));
+        assert_eq!(letters[0].extension("evt-dlq-offset"), Some("0"));
         running.stop().await.unwrap();
     })
     .await;

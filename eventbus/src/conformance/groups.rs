@@ -88,7 +88,9 @@ pub(super) async fn membership_churn_loses_nothing(mut cx: Cx) -> Checked {
             members.push((cx.join(&s.transport, &s.topic, &s.group).await?, Vec::new()));
         }
         if rounds % 7 == 0 && members.len() > 1 {
-            let (leaver, in_hand) = members.swap_remove(cx.random.usize(..members.len()));
+            let holds = members.iter().position(|(_, in_hand)| !in_hand.is_empty());
+            let (leaver, in_hand) =
+                members.swap_remove(holds.unwrap_or_else(|| cx.random.usize(..members.len())));
             n_handed_over += in_hand.len();
             // Some say goodbye, some just go.
             if rounds % 2 == 0 {

@@ -39,9 +39,11 @@ struct Open {
 }
 
 /// Whether a handler may run.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pass {
     Go,
+    /// The breaker is open: this run decides whether it stays so.
+    Probe,
     /// The driver is stopping: hand the event back as it is.
     Stopped,
 }
@@ -60,7 +62,7 @@ impl Breaker {
                     Some(_) if stopped => return Pass::Stopped,
                     Some(open) if !open.probing && open.probe_at <= Instant::now() => {
                         open.probing = true;
-                        return Pass::Go;
+                        return Pass::Probe;
                     }
                     Some(open) if open.probing => None,
                     Some(open) => Some(open.probe_at),
@@ -83,10 +85,10 @@ impl Breaker {
     }
 
     /// Notes a transient failure of a key. Returns whether the breaker is open now.
-    pub(super) fn failed(&self, key: u64) -> bool {
+    pub(super) fn failed(&self, pass: Pass, key: u64) -> bool {
         let mut state = self.state.lock();
         if let Some(open) = &mut state.open {
-            if open.probing {
+            if pass == Pass::Probe {
                 let pause = (open.pause * 2).min(MAX_PAUSE);
                 *open = Open { probe_at: Instant::now() + open.pause, pause, probing: false };
                 drop(state);
@@ -103,9 +105,9 @@ impl Breaker {
     }
 
     /// A probe that ended in something else than success or a transient failure: let the next one pass.
-    pub(super) fn undecided(&self) {
+    pub(super) fn undecided(&self, pass: Pass) {
         let mut state = self.state.lock();
-        if let Some(open) = &mut state.open {
+        if let (Pass::Probe, Some(open)) = (pass, &mut state.open) {
             open.probing = false;
             drop(state);
             self.changed.notify_waiters();
@@ -131,19 +133,19 @@ mod tests {
     async fn opens_after_different_keys_and_closes_after_a_probe() {
         let breaker = Breaker::default();
         for _ in 0..100 {
-            assert!(!breaker.failed(1), "one key that fails is not an outage");
+            assert!(!breaker.failed(Pass::Go, 1), "one key that fails is not an outage");
         }
         for key in 2..THRESHOLD as u64 {
-            assert!(!breaker.failed(key));
+            assert!(!breaker.failed(Pass::Go, key));
         }
-        assert!(breaker.failed(99));
+        assert!(breaker.failed(Pass::Go, 99));
         let started = Instant::now();
-        assert_eq!(breaker.admit().await, Pass::Go);
+        assert_eq!(breaker.admit().await, Pass::Probe);
         assert_eq!(started.elapsed(), PAUSE);
         let second = tokio::time::timeout(Duration::from_secs(60), breaker.admit()).await;
         assert!(second.is_err(), "one probe at a time");
-        assert!(breaker.failed(1));
-        assert_eq!(breaker.admit().await, Pass::Go);
+        assert!(breaker.failed(Pass::Probe, 1));
+        assert_eq!(breaker.admit().await, Pass::Probe);
         breaker.succeeded();
         assert_eq!((breaker.admit().await, breaker.is_open()), (Pass::Go, false));
     }
@@ -151,7 +153,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stop_ends_the_wait() {
         let breaker = Breaker::default();
-        let opened = (0..THRESHOLD as u64).any(|key| breaker.failed(key));
+        let opened = (0..THRESHOLD as u64).any(|key| breaker.failed(Pass::Go, key));
         assert!(opened);
         assert!(breaker.is_open());
         breaker.stop();

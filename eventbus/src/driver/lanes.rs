@@ -18,13 +18,6 @@ pub(super) struct Lane {
     keyed: bool,
 }
 
-impl Lane {
-    /// A number that tells lanes apart.
-    pub(super) fn id(&self) -> u64 {
-        self.hash
-    }
-}
-
 impl PartialEq for Lane {
     fn eq(&self, other: &Self) -> bool {
         self.hash == other.hash
@@ -133,6 +126,11 @@ impl Lanes {
             inner.paused.insert(*lane, (partition, awaited));
         }
         inner.busy.get_mut(lane).map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Lets a lane go on after all: what was awaited comes to another member now.
+    pub(super) fn unpause(&self, lane: &Lane) {
+        self.inner.lock().paused.remove(lane);
     }
 
     /// Forgets what is awaited of partitions that are no longer ours.

@@ -1,6 +1,7 @@
 //! The loops: intake, workers, settling, renewing.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::hash::{Hash, Hasher};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering as Atomic;
@@ -12,12 +13,12 @@ use tokio::time::Instant;
 
 use super::breaker::Pass;
 use super::dead_letter;
-use super::lanes::Lane;
 use super::subscribed::Subscribed;
 use crate::envelope::{Envelope, extension};
 use crate::error::{Class, Error, ErrorKind, Result};
 use crate::extract::Context;
 use crate::failure::Failure;
+use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Topic;
 use crate::outcome::{IntoOutcome, Outcome, Output};
@@ -25,6 +26,8 @@ use crate::partition::PartitionId;
 use crate::service::BoundRoute;
 use crate::transport::{Content, Delivery, Polled, Settle, Token};
 
+/// No drain takes longer, whatever is asked for.
+const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 /// Outcomes settled in one call.
 const SETTLE_BATCH: usize = 256;
 /// Pause after a failure of the transport itself, and its longest.
@@ -57,7 +60,7 @@ pub(super) async fn run(
     if let Err(error) = &ended {
         tracing::error!(%error, topic = %subscribed.topic, group = %subscribed.group, "the subscription ended");
     }
-    let deadline = Instant::now() + drain_within;
+    let deadline = Instant::now() + drain_within.min(LONGEST_DRAIN);
     // What has not begun goes back: it is delivered to whoever comes next.
     let waiting = subscribed.lanes.take_waiting();
     subscribed.strike(waiting.iter().map(|delivery| delivery.token));
@@ -98,7 +101,11 @@ async fn intake(
             () = emptied(subscribed, &leaving), if !leaving.is_empty() => {
                 let ready = free(subscribed, &leaving);
                 match subscribed.consumer.release(&ready).await {
-                    Ok(()) => leaving.retain(|partition| !ready.contains(partition)),
+                    Ok(()) => {
+                        subscribed.lanes.forget(&ready);
+                        leaving.retain(|partition| !ready.contains(partition));
+                    }
+                    Err(error) if error.kind() == ErrorKind::Closed => return Ok(()),
                     Err(error) => {
                         // At the deadline they are taken all the same.
                         tracing::warn!(%error, topic = %subscribed.topic, "partitions could not be released; trying again");
@@ -116,7 +123,10 @@ async fn intake(
                 subscribed.take(&deliveries);
                 add(subscribed, returning, deliveries).await;
             }
-            Ok(Polled::Assigned(partitions)) => leaving.retain(|partition| !partitions.contains(partition)),
+            Ok(Polled::Assigned(partitions)) => {
+                subscribed.lanes.forget(&partitions);
+                leaving.retain(|partition| !partitions.contains(partition));
+            }
             Ok(Polled::Revoking { partitions, .. }) => {
                 let waiting = subscribed.lanes.take_waiting();
                 let (gone, kept): (Vec<_>, Vec<_>) =
@@ -141,7 +151,8 @@ async fn intake(
             }
             Err(error) => {
                 tracing::warn!(%error, topic = %subscribed.topic, group = %subscribed.group, "polling failed");
-                if error.is_retryable() {
+                // A hole in the history is reported once, and the next poll goes on behind it.
+                if !matches!(error.kind(), ErrorKind::DataLoss { .. }) {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(MAX_PAUSE);
                 }
@@ -185,13 +196,18 @@ async fn work(subscribed: Arc<Subscribed>, settling: Settling) {
             // A partition that was lost while this waited: the next owner runs it.
             if subscribed.holds(delivery.token) {
                 let (token, partition, offset) = (delivery.token, delivery.partition, delivery.offset);
-                let how = handle(&subscribed, &lane, delivery).await;
+                let how = handle(&subscribed, delivery).await;
                 let behind = match how {
                     Settle::Retry { .. } if subscribed.ordered => {
                         subscribed.lanes.pause(&lane, partition, offset)
                     }
                     _ => VecDeque::new(),
                 };
+                // A lost partition is struck from the books before its pauses are forgotten: whoever
+                // comes second here undoes the pause.
+                if !subscribed.holds(token) {
+                    subscribed.lanes.unpause(&lane);
+                }
                 // The event first: what is returned after it then waits behind it.
                 let followers = behind.into_iter().map(|follower| (follower.token, Settle::Return));
                 for outcome in std::iter::once((token, how)).chain(followers) {
@@ -246,7 +262,7 @@ async fn renew(subscribed: Arc<Subscribed>, every: Duration) {
 }
 
 /// Handles one delivery to its end: effect, outputs, or dead letter. Returns how it is settled.
-async fn handle(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) -> Settle {
+async fn handle(subscribed: &Subscribed, delivery: Delivery) -> Settle {
     let envelope = match &delivery.content {
         Content::Envelope(envelope) => envelope.clone(),
         Content::Undecodable(bad) => {
@@ -263,7 +279,10 @@ async fn handle(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) -> Set
     let retry = subscribed.policy.retry;
     let mut runs = 1;
     let failure = loop {
-        if subscribed.breaker.admit().await == Pass::Stopped {
+        let pass = subscribed.breaker.admit().await;
+        if pass == Pass::Stopped || !subscribed.holds(context.delivery.token) {
+            // The partition may have moved while this waited: its next owner runs the event.
+            subscribed.breaker.undecided(pass);
             return Settle::Return;
         }
         let outcome = run_once(subscribed, route, &context).await;
@@ -279,12 +298,16 @@ async fn handle(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) -> Set
             Err(failure) => failure,
         };
         if failure.is_of_a_dependency() {
-            if subscribed.breaker.failed(lane.id()) {
-                // Down for everybody: it is tried again here, and no attempt is used up.
+            if subscribed.breaker.failed(pass, identity(&context.envelope)) {
+                if pass == Pass::Probe {
+                    // It goes back, counted, so that the next probe is another event.
+                    break failure;
+                }
+                // Down for everybody: it waits here for a probe to succeed, and no attempt is used up.
                 continue;
             }
         } else {
-            subscribed.breaker.undecided();
+            subscribed.breaker.undecided(pass);
         }
         if failure.class() != Class::Transient || failure.delay().is_some() || runs >= retry.in_lane.get() {
             break failure;
@@ -300,6 +323,16 @@ async fn handle(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) -> Set
         return Settle::Retry { after: Some(after) };
     }
     bury(subscribed, &context.delivery, route.name, &failure).await
+}
+
+/// What makes two failing events different ones for the breaker: the key, or the id where there is none.
+fn identity(envelope: &Envelope) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    match envelope.key() {
+        Some(key) => key.as_bytes().hash(&mut hasher),
+        None => envelope.id().hash(&mut hasher),
+    }
+    hasher.finish()
 }
 
 /// Runs the handler; a panic or an overrun is a failure like any other.
@@ -383,9 +416,14 @@ fn complete(
 async fn bury(subscribed: &Subscribed, delivery: &Delivery, handler: &str, failure: &Failure) -> Settle {
     let letter = dead_letter::letter(delivery, &subscribed.topic, &subscribed.group, handler, failure);
     tracing::warn!(%failure, topic = %subscribed.topic, group = %subscribed.group, handler, id = %letter.id(), "dead-lettered");
-    let stored = match subscribed.publisher.enqueue(&subscribed.dead_letters, vec![letter]).await {
-        Ok(confirm) => confirm.await.single().map(drop),
-        Err(error) => Err(error),
+    let stored = match store_letter(subscribed, letter.clone()).await {
+        // With its marks it is above the limit. What was read stays in its topic, at the place that
+        // the letter names.
+        Err(error) if matches!(error.kind(), ErrorKind::TooLarge | ErrorKind::Invalid) => {
+            let slim = letter.without_payload().with_headers(Headers::new());
+            store_letter(subscribed, slim.with_extension("evt-dlq-body", "omitted")).await
+        }
+        stored => stored,
     };
     match stored {
         Ok(()) => {
@@ -397,4 +435,9 @@ async fn bury(subscribed: &Subscribed, delivery: &Delivery, handler: &str, failu
             Settle::Retry { after: Some(subscribed.policy.retry.base) }
         }
     }
+}
+
+async fn store_letter(subscribed: &Subscribed, letter: Envelope) -> Result<()> {
+    let confirm = subscribed.publisher.enqueue(&subscribed.dead_letters, vec![letter]).await?;
+    confirm.await.single().map(drop)
 }

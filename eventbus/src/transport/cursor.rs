@@ -282,7 +282,8 @@ impl Cursor {
     /// Skips to `first`, because the log begins there now; returns what was expected if that loses events.
     pub(crate) fn jump(&mut self, first: u64) -> Option<u64> {
         let expected = self.next();
-        if expected >= first {
+        // A large hole waits for what is in hand; then the floor passes it in one step.
+        if expected >= first || (!self.slots.is_empty() && first - expected > MAX_SPAN as u64) {
             return None;
         }
         if self.slots.is_empty() {

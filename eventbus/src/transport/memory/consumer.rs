@@ -26,6 +26,8 @@ pub(super) struct MemoryConsumer {
     group: GroupId,
     member: u64,
     wake: Arc<Notify>,
+    /// One poll waits at a time; a second one is queued behind it.
+    polling: tokio::sync::Mutex<()>,
 }
 
 impl MemoryConsumer {
@@ -73,7 +75,7 @@ impl MemoryConsumer {
         );
         state.rebalance(now);
         drop(inner);
-        Ok(Self { topic, group, member, wake })
+        Ok(Self { topic, group, member, wake, polling: tokio::sync::Mutex::default() })
     }
 
     /// Runs `work` on the group and member, unless the member has left.
@@ -107,7 +109,14 @@ impl MemoryConsumer {
         let Some(member) = group.members.get_mut(&self.member) else {
             return Ok(Looked::Found(Polled::Closed));
         };
+        let revived = !member.is_alive(now);
         member.touch(now);
+        if revived {
+            group.rebalance(now);
+        }
+        let Some(member) = group.members.get_mut(&self.member) else {
+            return Ok(Looked::Found(Polled::Closed));
+        };
         match member.news.pop_front() {
             Some(News::Polled(polled)) => return Ok(Looked::Found(polled)),
             Some(News::DataLoss { expected, first, partition }) => {
@@ -212,6 +221,7 @@ impl Drop for Waiting<'_> {
 #[async_trait]
 impl Consumer for MemoryConsumer {
     async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
+        let _one_at_a_time = self.polling.lock().await;
         if let Looked::Found(polled) = self.look(max)? {
             return Ok(polled);
         }

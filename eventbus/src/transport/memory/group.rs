@@ -49,7 +49,7 @@ pub(super) enum News {
 }
 
 impl Member {
-    fn is_alive(&self, now: Instant) -> bool {
+    pub(super) fn is_alive(&self, now: Instant) -> bool {
         self.polls_waiting > 0 || self.alive_until > now
     }
 
@@ -83,7 +83,9 @@ impl GroupState {
             let Some(target) = live.get(target).copied() else { continue };
             let partition = PartitionId(at as u32);
             match share.owner {
-                Some(owner) if owner == target => share.revoke_at = None,
+                Some(owner) if owner == target && share.revoke_at.is_none() => {}
+                // A revocation is not withdrawn: what the owner put aside must be handed out again, in
+                // order, and that begins with a release.
                 Some(owner) if live.contains(&owner) && share.revoke_at.is_none_or(|end| end > now) => {
                     if share.revoke_at.is_none() {
                         let budget =
@@ -150,9 +152,13 @@ impl GroupState {
             [share.cursor.expiry(), share.revoke_at, takes.then(|| share.cursor.due_at()).flatten()]
         });
         let owners = self.shares.iter().filter_map(|share| self.members.get(&share.owner?));
+        // Who polls now may fall silent at any time after.
+        let later =
+            (self.members.len() > 1).then(|| self.members.values().map(|other| other.lease).min()).flatten();
+        let later = later.and_then(|lease| now.checked_add(lease));
         let silent = owners
             .filter(|owner| self.members.len() > 1 && owner.polls_waiting == 0 && owner.alive_until > now);
-        shares.flatten().chain(silent.map(|owner| owner.alive_until)).min()
+        shares.flatten().chain(silent.map(|owner| owner.alive_until)).chain(later).min()
     }
 
     /// Hands partitions back; what is in hand of them goes to the next owner.

@@ -18,6 +18,9 @@ use crate::name::Group;
 use crate::partition::{self, PartitionId};
 use crate::transport::{Content, Receipt};
 
+/// Dead letters a partition keeps at least.
+const MIN_LETTERS: usize = 1_000;
+
 /// The name of a group, or the number of a broadcast instance.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum GroupId {
@@ -78,6 +81,8 @@ impl TopicState {
     pub(super) fn new(spec: TopicSpec, options: &Options) -> Self {
         let log = || Log { base: 0, entries: VecDeque::new(), free_below: 0 };
         let ring = spec.retention.max_events.map_or(options.replay, |events| events.get() as usize);
+        // A dead letter is kept although no group reads it: it is the last copy.
+        let ring = if spec.topic.as_str().ends_with(".dlq") { ring.max(MIN_LETTERS) } else { ring };
         Self {
             room_events: Semaphore::new(options.max_events.get().min(Semaphore::MAX_PERMITS)),
             room_bytes: Semaphore::new(options.max_bytes.get().min(u32::MAX as usize)),
@@ -206,13 +211,13 @@ impl TopicState {
     pub(super) fn purge(&self, inner: &mut Inner, partition: PartitionId, before: u64) -> u64 {
         let Some(log) = inner.logs.get_mut(partition.0 as usize) else { return 0 };
         let before = before.min(log.next());
+        let base = log.base;
         self.trim(log, before);
-        let mut n_removed = 0;
         while log.base < before {
             log.entries.pop_front();
             log.base += 1;
-            n_removed += 1;
         }
+        let n_removed = log.base - base;
         for member in inner.groups.values().flat_map(|group| group.members.values()) {
             member.wake.notify_one();
         }

@@ -206,7 +206,7 @@ impl Admin for Sqlite {
                 )?;
                 let to = to.0.clamp(first, next);
                 run(
-                    "UPDATE eventbus_cursor SET floor = ?3 WHERE grp = ?1 AND partition = ?2",
+                    "UPDATE eventbus_cursor SET floor = ?3, owner = NULL, epoch = epoch + 1 WHERE grp = ?1 AND partition = ?2",
                     &[&id, &partition.0, &to],
                 )?;
                 Ok(())

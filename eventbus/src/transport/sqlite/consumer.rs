@@ -44,6 +44,8 @@ struct Member {
     state: Mutex<Partitions>,
     /// One coordination with the group at a time.
     coordinating: tokio::sync::Mutex<()>,
+    /// One settle is saved at a time, so that its answer is about what it settled.
+    saving: tokio::sync::Mutex<()>,
     wake: Notify,
     closed: AtomicBool,
 }
@@ -61,6 +63,7 @@ impl SqliteConsumer {
             state: Mutex::new(Partitions::new(subscription)),
             subscription: subscription.clone(),
             coordinating: tokio::sync::Mutex::default(),
+            saving: tokio::sync::Mutex::default(),
             wake: Notify::new(),
             closed: AtomicBool::new(false),
             store,
@@ -118,6 +121,12 @@ impl Member {
         let (seat, session) = (self.seat(), clock::nanos(self.store.options.session));
         let known = self.state.lock().known();
         let standing = self.store.write(move |round| membership::stand(round, seat, &known, session)).await?;
+        if self.closed.load(Atomic::Acquire) {
+            // The leave was stored before this: a seat that was taken again must not stay.
+            let gone = Seat { member: standing.member, ..self.seat };
+            drop(self.store.submit(move |round| membership::leave(round, gone)));
+            return Err(Error::closed("consumer"));
+        }
         self.id.store(standing.member, Atomic::Release);
         self.state.lock().apply(standing, Instant::now());
         self.wake.notify_one();
@@ -286,22 +295,26 @@ impl Consumer for SqliteConsumer {
     }
 
     async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
+        let _saving = self.member.saving.lock().await;
         self.member.open()?;
         let mut lost = self.member.state.lock().settle(outcomes, Instant::now());
         let moved = self.member.save().await?;
-        if !moved.is_empty() {
-            let gone = outcomes
-                .iter()
-                .map(|(token, _)| *token)
-                .filter(|token| moved.contains(&Place::of(*token).partition.0));
-            lost.extend(gone);
+        let state = self.member.state.lock();
+        for (token, _) in outcomes {
+            let Place { partition, epoch, .. } = Place::of(*token);
+            let gone = moved.contains(&partition.0) || !state.owns(partition.0, epoch);
+            if gone && !lost.contains(token) {
+                lost.push(*token);
+            }
         }
+        drop(state);
         // A retry may be due at once, and room in the window lets more be read.
         self.member.wake.notify_one();
         Ok(Settled { lost })
     }
 
     async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
+        let _saving = self.member.saving.lock().await;
         self.member.open()?;
         self.member.save().await?;
         let ours: Vec<u32> = {
@@ -309,7 +322,7 @@ impl Consumer for SqliteConsumer {
             let ours: Vec<u32> = partitions
                 .iter()
                 .map(|partition| partition.0)
-                .filter(|partition| state.owns(*partition))
+                .filter(|partition| state.owns_any(*partition))
                 .collect();
             for partition in &ours {
                 state.forget(*partition);

@@ -110,8 +110,8 @@ impl Options {
         if self.max_event_bytes == 0 || self.max_event_bytes > store::MAX_WAITING_BYTES {
             return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
         }
-        if self.session < Duration::from_millis(100) {
-            return Err(Error::config("session must be at least 100ms"));
+        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
+            return Err(Error::config("session must be 100ms to 1h"));
         }
         Ok(())
     }
@@ -225,9 +225,10 @@ impl Transport for Sqlite {
     async fn close(&self) -> Result<()> {
         let open: Vec<_> =
             self.consumers.lock().drain(..).filter_map(|consumer| consumer.upgrade()).collect();
+        let mut outcome = Ok(());
         for consumer in open {
-            consumer.leave().await?;
+            outcome = outcome.and(consumer.leave().await);
         }
-        self.store.close().await
+        self.store.close().await.and(outcome)
     }
 }

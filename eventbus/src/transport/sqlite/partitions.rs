@@ -105,13 +105,11 @@ impl Partitions {
         let mut revoking = Vec::new();
         for (partition, owned) in &mut self.owned {
             let release = standing.to_release.contains(partition);
-            match (release, owned.revoke_at) {
-                (true, None) => {
-                    owned.revoke_at = Some(deadline);
-                    revoking.push(PartitionId(*partition));
-                }
-                (false, Some(_)) => owned.revoke_at = None,
-                _ => {}
+            // It is not withdrawn: what the owner put aside must be handed out again, in order, and
+            // that begins with a release.
+            if release && owned.revoke_at.is_none() {
+                owned.revoke_at = Some(deadline);
+                revoking.push(PartitionId(*partition));
             }
         }
         if !revoking.is_empty() {
@@ -145,8 +143,12 @@ impl Partitions {
         self.owned.iter().filter(|(_, owned)| late(owned)).map(|(partition, _)| *partition).collect()
     }
 
-    pub(super) fn owns(&self, partition: u32) -> bool {
+    pub(super) fn owns_any(&self, partition: u32) -> bool {
         self.owned.contains_key(&partition)
+    }
+
+    pub(super) fn owns(&self, partition: u32, epoch: u32) -> bool {
+        self.owned.get(&partition).is_some_and(|owned| owned.epoch == epoch)
     }
 
     /// When to look again although nothing arrives: a lease or a time to release ends, or an event that

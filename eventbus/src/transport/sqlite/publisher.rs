@@ -134,6 +134,24 @@ impl Job for Publish {
     }
 }
 
+/// Refuses events that would pass the bound of the file, before anything is written.
+fn has_room(round: &Round<'_>, events: &[Envelope]) -> Result<()> {
+    let Some(max) = round.max_pages else { return Ok(()) };
+    let pragma = |sql: &str| -> Result<u64> {
+        let mut statement = round.connection.prepare_cached(sql).map_err(from_sqlite)?;
+        statement.query_row([], |row| row.get(0)).map_err(from_sqlite)
+    };
+    let (count, free, size) =
+        (pragma("PRAGMA page_count")?, pragma("PRAGMA freelist_count")?, pragma("PRAGMA page_size")?);
+    let needed = events.iter().map(Envelope::size_bytes).sum::<usize>() as u64 / size.max(1) + 1;
+    if count.saturating_sub(free) + needed <= max {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Full, "the file has reached its bound")
+        .with("pages", count)
+        .with("max_pages", max))
+}
+
 /// Stores events of one topic in the present transaction, creating the topic if it is missing.
 fn store_events(
     round: &mut Round<'_>,
@@ -141,6 +159,7 @@ fn store_events(
     events: &[Envelope],
     partitions: u32,
 ) -> Result<Vec<Receipt>> {
+    has_room(round, events)?;
     let (id, n_partitions) = topics::resolve_or_create(round, topic, partitions)?;
     round.news = true;
     let mut ends: HashMap<u32, (u64, i64)> = HashMap::new();

@@ -76,6 +76,7 @@ fn forget_dead_broadcasts(round: &mut Round<'_>) -> Result<()> {
     for sql in [
         format!("DELETE FROM eventbus_exception WHERE grp IN ({dead})"),
         format!("DELETE FROM eventbus_cursor WHERE grp IN ({dead})"),
+        format!("DELETE FROM eventbus_member WHERE grp IN ({dead})"),
         format!("DELETE FROM eventbus_group WHERE id IN ({dead})"),
     ] {
         round

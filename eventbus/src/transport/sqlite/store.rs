@@ -59,6 +59,7 @@ impl Store {
             news: news_sender.clone(),
             counters: counters.clone(),
             max_bytes: options.max_file_bytes,
+            max_pages: None,
         };
         let store = Arc::new(Self {
             path: path.to_owned(),

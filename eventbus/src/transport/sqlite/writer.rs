@@ -39,6 +39,9 @@ pub(super) struct Round<'a> {
     pub(super) topics: HashMap<String, (i64, u32)>,
     /// Whether readers should look: events were stored or a group changed.
     pub(super) news: bool,
+    /// The bound of the file for new events, in pages. SQLite's own bound lies above: what settles,
+    /// trims and keeps seats must go on when publishing is refused.
+    pub(super) max_pages: Option<u64>,
 }
 
 pub(super) enum Command {
@@ -55,6 +58,8 @@ pub(super) struct Counters {
     pub(super) jobs: AtomicU64,
 }
 
+/// Pages above the bound of new events, for everything else.
+const SPARE_PAGES: u64 = 4_096;
 /// A round takes no more than this, so that one commit stays short.
 const MAX_ROUND_JOBS: usize = 8_192;
 const MAX_ROUND_BYTES: usize = 8 << 20;
@@ -70,6 +75,7 @@ pub(super) struct Writer {
     pub(super) news: watch::Sender<u64>,
     pub(super) counters: Arc<Counters>,
     pub(super) max_bytes: Option<u64>,
+    pub(super) max_pages: Option<u64>,
 }
 
 impl Writer {
@@ -130,6 +136,7 @@ impl Writer {
     /// Runs one transaction and answers every job. Returns how long the commit took.
     fn commit(&mut self, jobs: Vec<Box<dyn Job>>) -> Duration {
         self.counters.jobs.fetch_add(jobs.len() as u64, Atomic::Relaxed);
+        let max_pages = self.max_pages;
         let connection = match self.connection() {
             Ok(connection) => connection,
             Err(error) => return answer(jobs, || Err(error.duplicate())),
@@ -138,7 +145,7 @@ impl Writer {
             let error = from_sqlite(error);
             return answer(jobs, || Err(error.duplicate()));
         }
-        let mut round = Round { connection, topics: HashMap::new(), news: false };
+        let mut round = Round { connection, topics: HashMap::new(), news: false, max_pages };
         let mut finished: Vec<(Box<dyn Job>, Result<()>)> = Vec::with_capacity(jobs.len());
         let mut broken: Option<Error> = None;
         for mut job in jobs {
@@ -207,11 +214,12 @@ impl Writer {
         self.connection.as_ref().ok_or_else(|| Error::closed("store"))
     }
 
-    fn bound(&self) {
+    fn bound(&mut self) {
         let Some(connection) = &self.connection else { return };
         let page: u64 = connection.query_row("PRAGMA page_size", [], |row| row.get(0)).unwrap_or(4096);
-        let pages =
-            self.max_bytes.map_or(i64::from(u32::MAX - 1), |bytes| (bytes / page.max(1)).max(1) as i64);
+        let max_pages = self.max_bytes.map(|bytes| bytes / page.max(1));
+        self.max_pages = max_pages;
+        let pages = max_pages.map_or(u64::from(u32::MAX - 1), |pages| pages.saturating_add(SPARE_PAGES));
         let set: rusqlite::Result<i64> =
             connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |row| row.get(0));
         if let Err(error) = set {
