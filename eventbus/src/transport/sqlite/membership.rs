@@ -218,7 +218,10 @@ pub(super) fn stand(
     for ((partition, owner, mut epoch, floor), target) in cursors.into_iter().zip(targets) {
         let is_target = members.get(target) == Some(&member);
         let mut mine = owner == Some(member);
-        if owner.is_none() && is_target {
+        // A partition that is ours in the file and unknown to us was let go of without the file taking
+        // it: it begins anew, so that no token of before fits.
+        let regained = mine && !known.contains_key(&partition);
+        if (owner.is_none() && is_target) || regained {
             let sql =
                 "UPDATE eventbus_cursor SET owner = ?3, epoch = epoch + 1 WHERE grp = ?1 AND partition = ?2";
             run(sql, &[&seat.group, &partition, &member])?;
