@@ -11,6 +11,7 @@ use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::row;
+use crate::range;
 use crate::record;
 
 /// Looks at topics, groups and records.
@@ -50,7 +51,7 @@ enum What {
         #[arg(long, value_name = "N")]
         crit: Option<u64>,
         /// An unsettled event older than this is a breach.
-        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        #[arg(long, value_name = "DURATION", value_parser = range::duration)]
         max_age: Option<Duration>,
     },
     /// One record.
@@ -58,10 +59,6 @@ enum What {
         /// Its place: topic/partition@offset.
         reference: String,
     },
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 30s or 5m".to_owned())
 }
 
 /// Reads `topic/partition@offset`.

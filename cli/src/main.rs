@@ -55,7 +55,7 @@ struct Cli {
     #[arg(short, long, global = true)]
     quiet: bool,
     /// Gives up after so long; commands that follow do not.
-    #[arg(long, global = true, env = "EVENTCTL_TIMEOUT", default_value = "10m", value_parser = duration)]
+    #[arg(long, global = true, env = "EVENTCTL_TIMEOUT", default_value = "10m", value_parser = range::duration)]
     timeout: Duration,
     /// Never asks.
     #[arg(long, global = true)]
@@ -91,10 +91,6 @@ enum Command {
     },
     /// Shows the version.
     Version,
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 10s or 5m".to_owned())
 }
 
 #[tokio::main]

@@ -10,6 +10,11 @@ use eventbus::{Offset, PartitionId, Topic};
 
 use crate::exit::{Failure, Outcome};
 
+/// Reads a duration of a flag.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a duration such as 250ms, 30s, 5m, 12h or 7d".to_owned())
+}
+
 /// One end of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bound {

@@ -9,7 +9,7 @@ use eventbus::{Topic, TopicSpec};
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::say;
-use crate::range::{Bound, Range, resolve};
+use crate::range::{self, Bound, Range, resolve};
 
 /// Creates, empties and deletes topics.
 ///
@@ -33,7 +33,7 @@ enum What {
         #[arg(long, default_value_t = TopicSpec::PARTITIONS)]
         partitions: NonZeroU32,
         /// How long settled events are kept, such as 7d.
-        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        #[arg(long, value_name = "DURATION", value_parser = range::duration)]
         retention: Option<Duration>,
         /// How many settled events of a partition are kept.
         #[arg(long, value_name = "N")]
@@ -68,10 +68,6 @@ impl TopicCommand {
     pub(crate) fn creates(&self) -> bool {
         matches!(self.what, What::Create { .. })
     }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    eventbus::url::parse_duration(text).ok_or_else(|| "expected a duration such as 12h or 7d".to_owned())
 }
 
 /// Runs the command.

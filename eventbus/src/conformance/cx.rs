@@ -415,6 +415,12 @@ pub(super) fn partitions(deliveries: &[Delivery]) -> HashSet<PartitionId> {
     deliveries.iter().map(|delivery| delivery.partition).collect()
 }
 
+/// Lets time pass where passing time is the subject: a lease, a window, a quiet period.
+pub(super) async fn pass(time: Duration) {
+    // Timers are the only clock a case uses, so that a paused one works as well.
+    drop(timeout(time, std::future::pending::<()>()).await);
+}
+
 /// Checks the kind of an error that must be there.
 pub(super) fn fails_as<T: std::fmt::Debug>(
     what: &str,

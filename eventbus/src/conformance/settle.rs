@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::check::{Violation, ensure, ensure_eq};
-use super::cx::{Book, Checked, Cx, fails_as, publish, run_members, some};
+use super::cx::{Book, Checked, Cx, fails_as, pass, publish, run_members, some};
 use crate::capability::{Ack, Attempts, Lease, Ordering};
 use crate::error::ErrorKind;
 use crate::header::Headers;
@@ -111,9 +111,7 @@ pub(super) async fn cancelled_poll_strands_nothing(mut cx: Cx) -> Checked {
             Some(_) => {}
             None => {
                 n_cancelled += 1;
-                tokio::time::timeout(Duration::from_millis(1), std::future::pending::<()>())
-                    .await
-                    .unwrap_or(());
+                pass(Duration::from_millis(1)).await;
             }
         }
     }
@@ -335,8 +333,7 @@ pub(super) async fn ack_of_one_is_not_ack_of_the_batch(mut cx: Cx) -> Checked {
             "drop" => drop(member),
             _ => {
                 kept = member;
-                let end = Instant::now() + cx.settings().lease + Duration::from_millis(50);
-                tokio::time::timeout_at(end, std::future::pending::<()>()).await.unwrap_or(());
+                pass(cx.settings().lease + Duration::from_millis(50)).await;
                 drop(kept);
             }
         }
@@ -546,7 +543,7 @@ pub(super) async fn close_ends_poll_and_is_idempotent(mut cx: Cx) -> Checked {
             }
         }
     });
-    tokio::time::timeout(Duration::from_millis(50), std::future::pending::<()>()).await.unwrap_or(());
+    pass(Duration::from_millis(50)).await;
     let deadline = (Instant::now() + cx.settings().idle).into_std();
     let outcome = [(got[0].token, Settle::Ack)];
     let (settled, closed) = tokio::join!(biased; consumer.settle(&outcome), consumer.close(deadline));

@@ -178,15 +178,7 @@ impl Admin for Sqlite {
         self.store
             .write(move |round| {
                 let (_, id) = membership::idle_group(round, &topic, group.as_str())?;
-                for sql in [
-                    "DELETE FROM eventbus_exception WHERE grp = ?1",
-                    "DELETE FROM eventbus_cursor WHERE grp = ?1",
-                    "DELETE FROM eventbus_member WHERE grp = ?1",
-                    "DELETE FROM eventbus_group WHERE id = ?1",
-                ] {
-                    round.connection.execute(sql, [id]).map_err(from_sqlite)?;
-                }
-                Ok(())
+                membership::forget(round, id)
             })
             .await
     }

@@ -351,13 +351,23 @@ pub(super) fn leave(round: &mut Round<'_>, seat: Seat) -> Result<()> {
     run("DELETE FROM eventbus_member WHERE id = ?1", seat.member)?;
     run("UPDATE eventbus_cursor SET owner = NULL WHERE owner = ?1", seat.member)?;
     if seat.ephemeral {
-        run("DELETE FROM eventbus_exception WHERE grp = ?1", seat.group)?;
-        run("DELETE FROM eventbus_cursor WHERE grp = ?1", seat.group)?;
-        run("DELETE FROM eventbus_group WHERE id = ?1", seat.group)?;
         round.news = true;
-        return Ok(());
+        return forget(round, seat.group);
     }
     bump(round, seat.group)
+}
+
+/// Removes a group with its members and positions.
+pub(super) fn forget(round: &Round<'_>, group: i64) -> Result<()> {
+    for sql in [
+        "DELETE FROM eventbus_exception WHERE grp = ?1",
+        "DELETE FROM eventbus_cursor WHERE grp = ?1",
+        "DELETE FROM eventbus_member WHERE grp = ?1",
+        "DELETE FROM eventbus_group WHERE id = ?1",
+    ] {
+        round.connection.execute(sql, [group]).map_err(from_sqlite)?;
+    }
+    Ok(())
 }
 
 /// Finds a group that must exist and have no live member.
