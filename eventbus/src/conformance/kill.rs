@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::Stdio;
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::check::{Violation, ensure, ensure_eq};
 use super::cx::{Checked, Cx};
 use crate::capability::Durability;
@@ -13,21 +15,35 @@ use crate::error::Result;
 use crate::id::EventId;
 use crate::name::{Group, Topic};
 use crate::subscription::Subscription;
-use crate::transport::{Polled, Settle, Transport};
+use crate::transport::{Consumer, Polled, Settle, Transport};
 
-/// Plays the child's role: `publish TOPIC` or `consume TOPIC GROUP`. Ends only by being killed, or by
-/// an error. A subject's child program connects and calls this with its arguments.
+/// Plays the child's role: `publish TOPIC STEPS` or `consume TOPIC GROUP STEPS`. After so many steps it
+/// waits: it ends only by being killed, or by an error. A subject's child program connects and calls this
+/// with its arguments.
 ///
 /// # Errors
 /// What the transport reports, or a role that does not exist.
 pub async fn child(transport: Arc<dyn Transport>, arguments: &[String]) -> Result<()> {
+    // What was polled stays in hand, so that the parent's kill is what takes it away.
+    let mut held = None;
     match arguments {
-        [role, topic] if role == "publish" => publish(&*transport, &Topic::new(topic)?).await,
-        [role, topic, group] if role == "consume" => {
-            consume(&*transport, &Topic::new(topic)?, Group::new(group)?).await
+        [role, topic, steps] if role == "publish" => {
+            publish(&*transport, &Topic::new(topic)?, parse(steps)?).await?;
         }
-        other => Err(crate::Error::config(format!("not a role: {}", other.join(" ")))),
+        [role, topic, group, steps] if role == "consume" => {
+            let consumer =
+                consume(&*transport, &Topic::new(topic)?, Group::new(group)?, parse(steps)?).await?;
+            held = Some(consumer);
+        }
+        other => return Err(crate::Error::config(format!("not a role: {}", other.join(" ")))),
     }
+    let () = std::future::pending().await;
+    drop(held);
+    Ok(())
+}
+
+fn parse(steps: &str) -> Result<usize> {
+    steps.parse().map_err(|_| crate::Error::config(format!("not a number of steps: {steps}")))
 }
 
 /// Says a word about an event; the parent may kill us right after any of them.
@@ -37,9 +53,9 @@ fn say(word: &str, id: &EventId) {
     drop(writeln!(out, "{word} {id}").and_then(|()| out.flush()));
 }
 
-async fn publish(transport: &dyn Transport, topic: &Topic) -> Result<()> {
+async fn publish(transport: &dyn Transport, topic: &Topic, steps: usize) -> Result<()> {
     let publisher = transport.publisher().await?;
-    for n in 0u64.. {
+    for n in 0..steps {
         let event = Envelope::new("conformance.event", "/child")
             .with_key((n % 7).to_string())
             .with_payload(vec![7; 100]);
@@ -50,8 +66,14 @@ async fn publish(transport: &dyn Transport, topic: &Topic) -> Result<()> {
     Ok(())
 }
 
-async fn consume(transport: &dyn Transport, topic: &Topic, group: Group) -> Result<()> {
+async fn consume(
+    transport: &dyn Transport,
+    topic: &Topic,
+    group: Group,
+    steps: usize,
+) -> Result<Arc<dyn Consumer>> {
     let consumer = transport.subscribe(&Subscription::group(topic.clone(), group)).await?;
+    let mut n_acked = 0;
     loop {
         let Polled::Deliveries(deliveries) = consumer.poll(super::cx::some(64)).await? else { continue };
         let ids: Vec<_> = deliveries
@@ -63,9 +85,28 @@ async fn consume(transport: &dyn Transport, topic: &Topic, group: Group) -> Resu
         for (token, id) in ids {
             consumer.settle(&[(token, Settle::Ack)]).await?.all()?;
             say("acked", &id);
+            n_acked += 1;
+            if n_acked == steps {
+                return Ok(consumer);
+            }
         }
     }
 }
+
+/// A child that does not outlive the case that started it, however the case ends.
+struct Child(Arc<Mutex<std::process::Child>>);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SIGKILL: nothing of the child runs after this. What it had said stays in the pipe.
+        let mut child = self.0.lock();
+        drop(child.kill());
+        drop(child.wait());
+    }
+}
+
+/// Steps a child may be ahead of its parent's kill: so that a slow parent does not find all work done.
+const AHEAD: usize = 10;
 
 /// Runs a child until it has said a word so often, kills it, and returns all it said.
 async fn run_and_kill(
@@ -74,13 +115,18 @@ async fn run_and_kill(
     word: &'static str,
     times: usize,
 ) -> Checked<Vec<(String, EventId)>> {
-    let mut command = cx.subject.child(arguments).ok_or_else(|| Violation::new("no child program"))?;
+    let steps = (times + AHEAD).to_string();
+    let arguments: Vec<&str> = arguments.iter().copied().chain([steps.as_str()]).collect();
+    let mut command = cx.subject.child(&arguments).ok_or_else(|| Violation::new("no child program"))?;
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| Violation::new(format!("the child did not start: {error}")))?;
     let stdout = child.stdout.take().ok_or_else(|| Violation::new("the child has no output"))?;
+    let child = Arc::new(Mutex::new(child));
+    let (guard, killed) = (Child(child.clone()), child);
+    // The reader ends with the child's output: at the latest when the guard is dropped.
     let reading = tokio::task::spawn_blocking(move || {
         let mut said = Vec::new();
         let mut left = times;
@@ -92,15 +138,15 @@ async fn run_and_kill(
                 }
             }
             if left == 0 {
-                // SIGKILL: nothing of the child runs after this. What it had said stays in the pipe.
-                drop(child.kill());
+                drop(killed.lock().kill());
                 left = usize::MAX;
             }
         }
-        drop(child.wait());
         said
     });
-    cx.within("the child", reading).await?.map_err(|panic| Violation::new(panic.to_string()))
+    let said = cx.within("the child", reading).await?.map_err(|panic| Violation::new(panic.to_string()));
+    drop(guard);
+    said
 }
 
 pub(super) async fn confirmed_survives_kill(mut cx: Cx) -> Checked {
