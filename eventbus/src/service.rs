@@ -11,6 +11,7 @@ use crate::driver::{self, Running};
 use crate::error::{Error, Result};
 use crate::handler::{Bound, Handler, bind};
 use crate::name::{Group, Topic};
+use crate::parking::Parking;
 use crate::subscription::{Start, Subscription};
 
 /// A condition on a header: `Guard::header("priority", "high")`.
@@ -37,6 +38,7 @@ pub(crate) struct Policy {
     pub(crate) lanes: NonZeroUsize,
     pub(crate) window: NonZeroUsize,
     pub(crate) retry: Retry,
+    pub(crate) parking: Parking,
     pub(crate) timeout: Option<Duration>,
     pub(crate) drain_within: Duration,
     pub(crate) start: Start,
@@ -49,6 +51,7 @@ pub(crate) struct Policy {
 /// | keys handled in parallel, each topic | 32 | [`lanes`](Self::lanes) |
 /// | events in hand, each topic | 1,024 | [`window`](Self::window) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
+/// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
 /// | a run of a handler | unbounded | [`timeout`](Self::timeout) |
 /// | draining at the end | 25 s | [`drain_within`](Self::drain_within) |
 ///
@@ -85,6 +88,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             lanes: NonZeroUsize::MIN.saturating_add(31),
             window: Subscription::WINDOW,
             retry: Retry::default(),
+            parking: Parking::default(),
             timeout: None,
             drain_within: Duration::from_secs(25),
             start: Start::Latest,
@@ -143,6 +147,13 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn retry(mut self, retry: Retry) -> Self {
         self.policy.retry = retry;
+        self
+    }
+
+    /// Sets where failed events wait, what waits behind them, and how much of it.
+    #[must_use]
+    pub fn parking(mut self, parking: Parking) -> Self {
+        self.policy.parking = parking;
         self
     }
 

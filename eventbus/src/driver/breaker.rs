@@ -11,6 +11,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::parked::planted::{Bug, planted};
+
 /// Different keys that fail in a row before the breaker opens.
 const THRESHOLD: usize = 10;
 /// The first pause before a probe, and the longest; it doubles with each failed probe.
@@ -97,7 +99,7 @@ impl Breaker {
             return true;
         }
         state.failing.insert(key);
-        if state.failing.len() >= THRESHOLD {
+        if state.failing.len() >= THRESHOLD && !planted(Bug::ParksEverything) {
             state.failing.clear();
             state.open = Some(Open { probe_at: Instant::now() + PAUSE, pause: PAUSE * 2, probing: false });
         }

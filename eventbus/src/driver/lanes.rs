@@ -6,6 +6,8 @@ use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::parked::Head;
+use super::parked::record::Sequence;
 use crate::admin::Offset;
 use crate::partition::PartitionId;
 use crate::transport::{Delivery, Token};
@@ -52,8 +54,16 @@ impl Hasher for AsItIs {
 
 type ByLane<T> = HashMap<Lane, T, BuildHasherDefault<AsItIs>>;
 
-/// Deliveries that wait for a worker. Its size is bounded by the subscription's window: only what was
-/// polled is in it, and polling stops when the window is full.
+/// What a worker does for a lane.
+pub(super) enum Work {
+    /// An event from the source.
+    Delivery(Delivery),
+    /// The first event of a parked key.
+    Head(Head),
+}
+
+/// Work that waits for a worker. Its size is bounded by the subscription's window: only what was
+/// polled is in it, and polling stops when the window is full; and one head a parked key.
 #[derive(Default)]
 pub(super) struct Lanes {
     inner: Mutex<Inner>,
@@ -63,10 +73,10 @@ pub(super) struct Lanes {
 
 #[derive(Default)]
 struct Inner {
-    /// Lanes at work, with the deliveries that wait behind the one that runs.
-    busy: ByLane<VecDeque<Delivery>>,
-    /// Deliveries whose lane is free.
-    ready: VecDeque<(Lane, Delivery)>,
+    /// Lanes at work, with what waits behind the one that runs.
+    busy: ByLane<VecDeque<Work>>,
+    /// Work whose lane is free.
+    ready: VecDeque<(Lane, Work)>,
     /// Lanes whose event was handed back: nothing later runs before that event is here again.
     paused: ByLane<(PartitionId, Option<Offset>)>,
     closed: bool,
@@ -101,16 +111,29 @@ impl Lanes {
                 }
                 None => {}
             }
-            match inner.busy.get_mut(&lane) {
-                Some(behind) => behind.push_back(delivery),
-                None => {
-                    inner.busy.insert(lane, VecDeque::new());
-                    inner.ready.push_back((lane, delivery));
-                    self.arrived.notify_one();
-                }
-            }
+            self.queue(inner, lane, Work::Delivery(delivery));
         }
         early
+    }
+
+    /// Adds the head of a parked key, in the lane of its key.
+    pub(super) fn add_head(&self, head: Head) {
+        let lane = match &head.sequence {
+            Sequence::Key(key) => Lane { hash: self.secret.hash_one(key.as_bytes()), keyed: true },
+            Sequence::Event(id) => Lane { hash: self.secret.hash_one(id), keyed: false },
+        };
+        self.queue(&mut self.inner.lock(), lane, Work::Head(head));
+    }
+
+    fn queue(&self, inner: &mut Inner, lane: Lane, work: Work) {
+        match inner.busy.get_mut(&lane) {
+            Some(behind) => behind.push_back(work),
+            None => {
+                inner.busy.insert(lane, VecDeque::new());
+                inner.ready.push_back((lane, work));
+                self.arrived.notify_one();
+            }
+        }
     }
 
     /// Stops a lane until the event that is handed back returns. Returns what waited behind it.
@@ -120,7 +143,7 @@ impl Lanes {
         lane: &Lane,
         partition: PartitionId,
         awaited: Option<Offset>,
-    ) -> VecDeque<Delivery> {
+    ) -> VecDeque<Work> {
         let mut inner = self.inner.lock();
         if lane.keyed {
             inner.paused.insert(*lane, (partition, awaited));
@@ -138,8 +161,8 @@ impl Lanes {
         self.inner.lock().paused.retain(|_, (partition, _)| !partitions.contains(partition));
     }
 
-    /// Waits for a delivery whose lane is free; `None` when closed.
-    pub(super) async fn next(&self) -> Option<(Lane, Delivery)> {
+    /// Waits for work whose lane is free; `None` when closed.
+    pub(super) async fn next(&self) -> Option<(Lane, Work)> {
         loop {
             {
                 let mut inner = self.inner.lock();
@@ -159,8 +182,8 @@ impl Lanes {
         }
     }
 
-    /// Frees the lane; returns the delivery that waited behind, which runs next.
-    pub(super) fn done(&self, lane: &Lane) -> Option<Delivery> {
+    /// Frees the lane; returns what waited behind, which runs next.
+    pub(super) fn done(&self, lane: &Lane) -> Option<Work> {
         let mut inner = self.inner.lock();
         let next = inner.busy.get_mut(lane).and_then(VecDeque::pop_front);
         if next.is_none() {
@@ -170,12 +193,12 @@ impl Lanes {
     }
 
     /// Takes back everything that has not begun, in order within each lane.
-    pub(super) fn take_waiting(&self) -> Vec<Delivery> {
+    pub(super) fn take_waiting(&self) -> Vec<Work> {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         let mut waiting = Vec::new();
-        for (lane, delivery) in inner.ready.drain(..) {
-            waiting.push(delivery);
+        for (lane, work) in inner.ready.drain(..) {
+            waiting.push(work);
             waiting.extend(inner.busy.remove(&lane).into_iter().flatten());
         }
         inner.busy.values_mut().for_each(|behind| waiting.extend(behind.drain(..)));
@@ -203,6 +226,13 @@ mod tests {
         Delivery::new(Token::new(0, n), PartitionId(0), Content::Envelope(event)).with_offset(Offset(n))
     }
 
+    fn low(work: &Work) -> u64 {
+        match work {
+            Work::Delivery(delivery) => delivery.token.low(),
+            Work::Head(head) => u64::from(head.place.partition.0),
+        }
+    }
+
     #[tokio::test]
     async fn a_key_runs_one_at_a_time_and_others_go_on() {
         let lanes = Lanes::default();
@@ -218,8 +248,8 @@ mod tests {
         for _ in 0..4 {
             taken.push(lanes.next().await.unwrap());
         }
-        assert_eq!(taken.iter().map(|(_, d)| d.token.low()).collect::<Vec<_>>(), [1, 3, 4, 5]);
-        assert_eq!(lanes.done(&taken[0].0).map(|d| d.token.low()), Some(2));
+        assert_eq!(taken.iter().map(|(_, work)| low(work)).collect::<Vec<_>>(), [1, 3, 4, 5]);
+        assert_eq!(lanes.done(&taken[0].0).as_ref().map(low), Some(2));
         assert!(lanes.done(&taken[0].0).is_none());
         lanes.close();
         assert!(lanes.next().await.is_none() && lanes.next().await.is_none());
@@ -235,7 +265,7 @@ mod tests {
         );
         let (running, _) = lanes.next().await.unwrap();
         assert!(lanes.add(vec![delivery(Some("b"), 4), delivery(Some("b"), 5)]).is_empty());
-        let waiting: Vec<_> = lanes.take_waiting().iter().map(|d| d.token.low()).collect();
+        let waiting: Vec<_> = lanes.take_waiting().iter().map(low).collect();
         // A lane that is put back must begin with its first.
         assert_eq!(waiting, [3, 4, 5, 2]);
         assert!(lanes.done(&running).is_none());
@@ -245,15 +275,15 @@ mod tests {
     async fn a_paused_lane_takes_nothing_before_the_awaited_event() {
         let lanes = Lanes::default();
         assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
-        let (lane, first) = lanes.next().await.unwrap();
-        assert_eq!(lanes.pause(&lane, first.partition, first.offset).len(), 1);
+        let (lane, _) = lanes.next().await.unwrap();
+        assert_eq!(lanes.pause(&lane, PartitionId(0), Some(Offset(1))).len(), 1);
         assert!(lanes.done(&lane).is_none());
         assert_eq!(lanes.add(vec![delivery(Some("a"), 3), delivery(Some("b"), 4)]), [Token::new(0, 3)]);
         assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
         let order: Vec<_> = [lanes.next().await, lanes.next().await]
             .into_iter()
             .flatten()
-            .map(|(_, d)| d.token.low())
+            .map(|(_, work)| low(&work))
             .collect();
         assert_eq!(order, [4, 1]);
     }

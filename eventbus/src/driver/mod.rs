@@ -10,7 +10,10 @@
 
 mod breaker;
 mod dead_letter;
+mod handle;
 mod lanes;
+mod outputs;
+mod parked;
 mod run;
 mod subscribed;
 
@@ -20,6 +23,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+pub use self::parked::{HeldKey, ParkedKeys};
 pub(crate) use self::subscribed::Subscribed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
@@ -38,6 +42,10 @@ pub struct Counts {
     pub dead_lettered: u64,
     /// Events of a type that no route knows.
     pub unknown: u64,
+    /// Events that are parked now: they wait for an attempt, or behind an event of their key.
+    pub parked: u64,
+    /// Keys that wait now for an operator, because an event of theirs was dead-lettered.
+    pub held: u64,
     /// Deliveries in hand now.
     pub in_flight: u64,
 }
@@ -49,6 +57,8 @@ impl std::ops::AddAssign for Counts {
         self.redelivered += other.redelivered;
         self.dead_lettered += other.dead_lettered;
         self.unknown += other.unknown;
+        self.parked += other.parked;
+        self.held += other.held;
         self.in_flight += other.in_flight;
     }
 }

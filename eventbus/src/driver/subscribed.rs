@@ -7,16 +7,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::breaker::Breaker;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Work};
+use super::parked::Parked;
+use super::parked::record::Sequence;
 use super::{Counts, Health};
 use crate::bus::Bus;
-use crate::capability::{Lease, Ordering};
+use crate::capability::{Capabilities, Lease, Ordering, Replay};
 use crate::envelope::Envelope;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
+use crate::parking::{Followers, Parking, Waits};
 use crate::partition::PartitionId;
 use crate::service::{BoundRoute, Policy};
 use crate::subscription::Subscription;
@@ -38,6 +41,11 @@ pub(crate) struct Subscribed {
     pub(super) ordered: bool,
     pub(super) lanes: Lanes,
     pub(super) breaker: Breaker,
+    /// Where failed events wait.
+    pub(super) waits: Waits,
+    pub(super) followers: Followers,
+    pub(super) parked: Option<Parked>,
+    stopping: watch::Sender<bool>,
     pub(super) books: Mutex<HashMap<Token, PartitionId>>,
     /// Rung whenever a delivery leaves the books.
     pub(super) settled: Notify,
@@ -70,14 +78,27 @@ impl Subscribed {
         if capabilities.delay {
             subscription = subscription.with_delayed_retry();
         }
+        let (waits, followers, logs) = parking(&policy.parking, &capabilities, subscription.ordering)?;
+        let (publisher, consumer) =
+            (bus.transport().publisher().await?, bus.transport().subscribe(&subscription).await?);
+        let parked = match logs {
+            true => {
+                Some(Parked::open(bus.transport(), &topic, group, policy.parking, policy.window.get()).await?)
+            }
+            false => None,
+        };
         Ok(Self {
+            waits,
+            followers,
+            parked,
+            stopping: watch::channel(false).0,
             dead_letters: topic.dead_letters()?,
             source: format!("/{group}"),
             group: group.clone(),
             routes,
             policy: policy.clone(),
-            publisher: bus.transport().publisher().await?,
-            consumer: bus.transport().subscribe(&subscription).await?,
+            publisher,
+            consumer,
             renew_every: (capabilities.lease == Lease::Extendable).then_some(subscription.lease / 3),
             lease: subscription.lease,
             ordered: subscription.ordering >= Ordering::PerKey,
@@ -106,6 +127,39 @@ impl Subscribed {
             });
             typed && route.guard.as_ref().is_none_or(|guard| guard.holds(envelope.headers()))
         })
+    }
+
+    /// What orders an event among others of its partition.
+    pub(super) fn sequence(&self, envelope: &Envelope) -> Sequence {
+        if self.ordered { Sequence::of(envelope) } else { Sequence::Event(envelope.id().clone()) }
+    }
+
+    /// Ends every wait of what is in hand.
+    pub(super) fn stop(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// Waits; returns whether the driver goes on.
+    pub(super) async fn sleep(&self, time: Duration) -> bool {
+        let mut stopping = self.stopping.subscribe();
+        tokio::time::timeout(time, stopping.wait_for(|stopping| *stopping)).await.is_err()
+    }
+
+    /// The deliveries among some work; heads go back to the parking.
+    pub(super) fn deliveries(&self, work: impl IntoIterator<Item = Work>) -> Vec<Delivery> {
+        let mut deliveries = Vec::new();
+        for work in work {
+            match (work, &self.parked) {
+                (Work::Delivery(delivery), _) => deliveries.push(delivery),
+                (Work::Head(head), Some(parked)) => parked.give_back(&head),
+                (Work::Head(_), None) => {}
+            }
+        }
+        deliveries
     }
 
     /// Whether a delivery is still ours.
@@ -137,6 +191,8 @@ impl Subscribed {
             "handlers of many keys fail: waiting for a probe to succeed"
         } else if self.polling_fails.load(Atomic::Relaxed) {
             "the transport fails: trying again"
+        } else if let Some(reason) = self.parked.as_ref().and_then(Parked::ails) {
+            reason
         } else {
             return Health::Running;
         };
@@ -144,6 +200,7 @@ impl Subscribed {
     }
 
     pub(crate) fn counts(&self) -> Counts {
+        let (parked, held) = self.parked.as_ref().map_or((0, 0), Parked::counts);
         let read = |counter: &AtomicU64| counter.load(Atomic::Relaxed);
         Counts {
             handled: read(&self.counters.handled),
@@ -151,9 +208,42 @@ impl Subscribed {
             redelivered: read(&self.counters.redelivered),
             dead_lettered: read(&self.counters.dead_lettered),
             unknown: read(&self.counters.unknown),
+            parked,
+            held,
             in_flight: self.books.lock().len() as u64,
         }
     }
+}
+
+/// Chooses where failed events wait, what followers do, and whether a parking log is kept.
+fn parking(
+    wanted: &Parking,
+    capabilities: &Capabilities,
+    ordering: Ordering,
+) -> Result<(Waits, Followers, bool)> {
+    let can_log = capabilities.replay >= Replay::Offset && capabilities.admin;
+    let lacks = |what: &str| {
+        Err(Error::new(ErrorKind::Unsupported, format!("the transport cannot park like this: {what}")))
+    };
+    let waits = match wanted.waits {
+        Waits::Auto if capabilities.delay => Waits::Transport,
+        Waits::Auto if can_log => Waits::Log,
+        Waits::Auto => Waits::Lane,
+        Waits::Transport if !capabilities.delay => return lacks("it keeps no delays"),
+        Waits::Log if !can_log => return lacks("a log needs replay by offset and an admin"),
+        waits => waits,
+    };
+    let keyed = ordering >= Ordering::PerKey;
+    let followers = match wanted.followers {
+        Some(Followers::Hold) if !can_log || !keyed => {
+            return lacks("to hold followers needs order, replay by offset and an admin");
+        }
+        Some(followers) => followers,
+        None if can_log && keyed => Followers::Hold,
+        None => Followers::Skip,
+    };
+    let logs = can_log && (waits == Waits::Log || followers == Followers::Hold);
+    Ok((waits, followers, logs))
 }
 
 impl fmt::Display for Subscribed {

@@ -1,0 +1,68 @@
+//! What handlers emit: completed with ids and causes, published before the input is settled.
+
+use std::time::SystemTime;
+
+use super::subscribed::Subscribed;
+use crate::envelope::{Envelope, extension};
+use crate::error::{Error, Result};
+use crate::extract::Context;
+use crate::id::EventId;
+use crate::name::Topic;
+use crate::outcome::Output;
+use crate::service::BoundRoute;
+
+/// Publishes what a handler emitted, in order, and waits until all of it is confirmed.
+pub(super) async fn publish(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    outputs: Vec<Output>,
+) -> Result<()> {
+    let mut confirms = Vec::with_capacity(outputs.len());
+    for (at, output) in outputs.into_iter().enumerate() {
+        let topic: &Topic = match (&output.topic, &route.emit_to) {
+            (Some(topic), _) | (None, Some(topic)) => topic,
+            (None, None) => {
+                return Err(Error::config("the route emits events and names no topic: add .emit_to(topic)")
+                    .with("handler", route.name));
+            }
+        };
+        let envelope = complete(subscribed, route, context, output.envelope, output.id, at);
+        confirms.push(subscribed.publisher.enqueue(topic, vec![envelope]).await?);
+    }
+    for confirm in confirms {
+        confirm.await.all()?;
+    }
+    Ok(())
+}
+
+/// Gives an output its id, source, cause and conversation.
+fn complete(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    envelope: Envelope,
+    id: Option<EventId>,
+    at: usize,
+) -> Envelope {
+    let cause = context.envelope.id();
+    let id =
+        id.unwrap_or_else(|| EventId::derive(cause, &format!("{}/{}/{at}", subscribed.group, route.name)));
+    let conversation = context
+        .envelope
+        .extension(extension::CORRELATION_ID)
+        .map_or_else(|| cause.to_string(), str::to_owned);
+    // The origin of the journey is never rewritten (W3C trace context as a CloudEvents extension).
+    let journey = [extension::TRACE_PARENT, extension::TRACE_STATE];
+    let envelope =
+        journey.into_iter().fold(envelope, |envelope, name| match context.envelope.extension(name) {
+            Some(value) if envelope.extension(name).is_none() => envelope.with_extension(name, value),
+            _ => envelope,
+        });
+    envelope
+        .with_id(id)
+        .with_source(subscribed.source.clone())
+        .with_time(SystemTime::now())
+        .with_extension(extension::CORRELATION_ID, conversation)
+        .with_extension(extension::CAUSATION_ID, cause.to_string())
+}

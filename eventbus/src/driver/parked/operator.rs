@@ -1,0 +1,138 @@
+//! What operators do to parked keys: they write into the log, and the owner reads it and acts.
+
+use std::fmt;
+
+use super::fold::{Fold, Now};
+use super::record::{self, Record, Sequence};
+use crate::admin::{Admin, Offset};
+use crate::bus::Bus;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::EventId;
+use crate::name::{Group, Key, Topic};
+use crate::partition::PartitionId;
+
+/// Records that one read brings.
+const PAGE: usize = 512;
+
+/// A key whose later events wait, because one of its events was dead-lettered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HeldKey {
+    /// The key.
+    pub key: Key,
+    /// Its partition.
+    pub partition: PartitionId,
+    /// The event that was dead-lettered.
+    pub event: EventId,
+    /// Its place in the topic.
+    pub offset: Offset,
+    /// How often it ran.
+    pub attempts: u32,
+    /// How many events wait behind it.
+    pub n_waiting: usize,
+}
+
+/// The parked keys of one group in one topic, as an operator sees them.
+///
+/// Reading does not disturb the service. Changes are records in the parking log: the service that owns the
+/// partition acts on them within a second, or the next one does when it starts. Both may be repeated.
+pub struct ParkedKeys<'a> {
+    bus: &'a Bus,
+    topic: Topic,
+    parked: Topic,
+    group: Group,
+}
+
+impl<'a> ParkedKeys<'a> {
+    /// Names the topic that was consumed, and the group that parked.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the derived topic's name is too long.
+    pub fn new(bus: &'a Bus, topic: &Topic, group: &Group) -> Result<Self> {
+        Ok(Self { bus, topic: topic.clone(), parked: topic.parked(group)?, group: group.clone() })
+    }
+
+    fn admin(&self) -> Result<&'a dyn Admin> {
+        let unsupported = || Error::new(ErrorKind::Unsupported, "this transport keeps no parking log");
+        self.bus.transport().admin().ok_or_else(unsupported)
+    }
+
+    /// Lists the keys that wait for an operator, by partition and place.
+    ///
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported) without an admin, or what reading reports. A group that never
+    /// parked has none.
+    pub async fn held(&self) -> Result<Vec<HeldKey>> {
+        let admin = self.admin()?;
+        let Some(info) = admin.topic(&self.parked).await? else { return Ok(Vec::new()) };
+        let groups = admin.groups(Some(&self.parked)).await?;
+        let mut held = Vec::new();
+        for known in info.partitions {
+            let mark = groups.iter().find(|g| g.group == self.group && g.partition == known.partition);
+            let mut fold = Fold::from(mark.map_or(known.first, |mark| mark.settled).0);
+            loop {
+                let records = admin.read(&self.parked, known.partition, Offset(fold.next), PAGE).await?;
+                for record in &records {
+                    let entry = record.content.envelope().and_then(record::parse);
+                    fold.read(record.offset.0, entry, Now::get());
+                }
+                if records.len() < PAGE {
+                    break;
+                }
+            }
+            held.extend(fold.all_held().into_iter().filter_map(|(parked, n_waiting)| {
+                let Sequence::Key(key) = parked.sequence else { return None };
+                Some(HeldKey {
+                    key,
+                    partition: known.partition,
+                    event: parked.id,
+                    offset: parked.origin,
+                    attempts: parked.attempts,
+                    n_waiting,
+                })
+            }));
+        }
+        Ok(held)
+    }
+
+    /// Lets the event that failed run again, and then what waits behind it, oldest first.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) if the key is not held, or what publishing reports.
+    pub async fn redrive(&self, key: &Key) -> Result<HeldKey> {
+        self.say(key, |sequence| Record::Redrive { sequence }).await
+    }
+
+    /// Ends the event that failed without another run; what waits behind it goes on.
+    ///
+    /// # Errors
+    /// As [`redrive`](Self::redrive).
+    pub async fn resolve(&self, key: &Key, reason: &str) -> Result<HeldKey> {
+        self.say(key, |sequence| Record::Resolve { sequence, reason: reason.to_owned() }).await
+    }
+
+    async fn say(&self, key: &Key, record: impl FnOnce(Sequence) -> Record) -> Result<HeldKey> {
+        let Some(held) = self.held().await?.into_iter().find(|held| held.key == *key) else {
+            return Err(Error::not_found(
+                "no event of this key was dead-lettered with others waiting behind it",
+            )
+            .with("key", key)
+            .with("topic", &self.topic)
+            .with("group", &self.group));
+        };
+        let slot = super::place::slot(self.admin()?, &self.parked, held.partition).await?;
+        let record = record::control(&record(Sequence::Key(key.clone())), &slot, 0);
+        let publisher = self.bus.transport().publisher().await?;
+        publisher.enqueue(&self.parked, vec![record]).await?.await.single()?;
+        Ok(held)
+    }
+}
+
+impl fmt::Debug for ParkedKeys<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ParkedKeys")
+            .field("topic", &self.topic)
+            .field("group", &self.group)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,358 @@
+//! One partition of the parking log, and its owner: takes over, appends, reads on, rewrites, releases.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use super::fold::{Fold, Meets, Now, Waiting};
+use super::planted::{Bug, planted};
+use super::record::{self, Parked, Record, Sequence};
+use crate::admin::{Admin, Offset};
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::EventId;
+use crate::name::{Group, Key, Topic};
+use crate::partition::PartitionId;
+use crate::transport::{Publisher, Transport};
+
+/// Records that one read brings.
+const PAGE: usize = 512;
+
+/// The log of one subscription.
+pub(super) struct Log {
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) publisher: Arc<dyn Publisher>,
+    /// `<topic>.<group>.parked`
+    pub(super) topic: Topic,
+    pub(super) group: Group,
+}
+
+impl Log {
+    pub(super) fn admin(&self) -> Result<&dyn Admin> {
+        self.transport.admin().ok_or_else(|| Error::new(ErrorKind::Unsupported, "parking needs an admin"))
+    }
+
+    /// Appends a record; it is stored when this returns.
+    async fn append(&self, partition: PartitionId, record: Envelope) -> Result<Option<Offset>> {
+        let receipt = self.publisher.enqueue(&self.topic, vec![record]).await?.await.single()?;
+        if receipt.partition != partition {
+            return Err(Error::new(ErrorKind::Conflict, "the parking topic was repartitioned")
+                .with("topic", &self.topic));
+        }
+        Ok(receipt.offset)
+    }
+}
+
+/// A key that leads to a partition, for records that belong there whatever they are about.
+pub(super) async fn slot(admin: &dyn Admin, topic: &Topic, partition: PartitionId) -> Result<Key> {
+    for n in 0u32.. {
+        let key = Key::new(format!("{partition}.{n}"));
+        if admin.partition_of(topic, &key).await? == partition {
+            return Ok(key);
+        }
+    }
+    Err(Error::new(ErrorKind::Unexpected, "no key leads to the partition").with("partition", partition))
+}
+
+/// What an owner knows of its partition, and does to it.
+pub(in crate::driver) struct Place {
+    log: Arc<Log>,
+    pub(in crate::driver) partition: PartitionId,
+    slot: Key,
+    taking: tokio::sync::Mutex<()>,
+    fold: Mutex<Fold>,
+    /// Shared by what appends, alone for a sweep: no record falls between its copies.
+    writing: tokio::sync::RwLock<()>,
+    reading: tokio::sync::Mutex<()>,
+    /// Deliveries that still run with caution, because the owner before us did not leave by itself.
+    cautious: AtomicUsize,
+    leaving: AtomicBool,
+    n_running: AtomicUsize,
+}
+
+impl Place {
+    /// Takes over: reads all that was said before, and says so in the log.
+    pub(super) async fn gain(log: Arc<Log>, partition: PartitionId, cautious: usize) -> Result<Self> {
+        let slot = slot(log.admin()?, &log.topic, partition).await?;
+        let groups = log.admin()?.groups(Some(&log.topic)).await?;
+        let of_us = groups.into_iter().find(|info| info.group == log.group && info.partition == partition);
+        let place = Self {
+            log,
+            partition,
+            slot,
+            taking: tokio::sync::Mutex::default(),
+            fold: Mutex::new(Fold::from(of_us.map_or(0, |info| info.settled.0))),
+            writing: tokio::sync::RwLock::default(),
+            reading: tokio::sync::Mutex::default(),
+            cautious: AtomicUsize::new(0),
+            leaving: AtomicBool::new(false),
+            n_running: AtomicUsize::new(0),
+        };
+        match place.epoch().await {
+            Ok(_) => {}
+            // Events can be handled and room be made; the takeover is said when there is room.
+            Err(error) if error.kind() == ErrorKind::Full => place.read_on().await?,
+            Err(error) => return Err(error),
+        }
+        if place.fold.lock().is_unclean() && !planted(Bug::NoCaution) {
+            place.cautious.store(cautious, Atomic::Relaxed);
+        }
+        Ok(place)
+    }
+
+    /// Position of our Takeover, which is said before anything else.
+    async fn epoch(&self) -> Result<u64> {
+        let _one_at_a_time = self.taking.lock().await;
+        if let Some(epoch) = self.fold.lock().epoch() {
+            return Ok(epoch);
+        }
+        let takeover = record::control(&Record::Takeover, &self.slot, 0);
+        let id = takeover.id().clone();
+        self.log.append(self.partition, takeover).await?;
+        self.read_until(Some(&id)).await?;
+        self.fold.lock().epoch().ok_or_else(|| {
+            Error::new(ErrorKind::Unavailable, "the takeover is not in the log yet")
+                .with("topic", &self.log.topic)
+        })
+    }
+
+    /// Parks an event: it is stored when this returns.
+    pub(in crate::driver) async fn park(&self, event: &Envelope, parked: Parked) -> Result<()> {
+        let _shared = self.writing.read().await;
+        let record = record::park(event, &parked, &self.slot, self.epoch().await?);
+        let position = self.log.append(self.partition, record).await?;
+        self.fold.lock().park(parked, position.map(|position| position.0), false, Now::get());
+        Ok(())
+    }
+
+    /// Notes that a run begins, or how one ended that is not the last.
+    pub(in crate::driver) async fn attempt(
+        &self,
+        id: &EventId,
+        attempts: u32,
+        due: Option<SystemTime>,
+        held: bool,
+    ) -> Result<()> {
+        let _shared = self.writing.read().await;
+        let record = Record::Attempt { id: id.clone(), attempts, due, held };
+        self.append(&record).await?;
+        self.fold.lock().attempt(id, attempts, due, held, Now::get());
+        Ok(())
+    }
+
+    /// Ends a parked event; its key is free only when this returned.
+    pub(in crate::driver) async fn done(&self, id: &EventId) -> Result<()> {
+        let _shared = self.writing.read().await;
+        if planted(Bug::FreesKeyEarly) {
+            self.fold.lock().done(id);
+            return Ok(());
+        }
+        self.append(&Record::Done { id: id.clone() }).await?;
+        self.fold.lock().done(id);
+        Ok(())
+    }
+
+    async fn append(&self, record: &Record) -> Result<Option<Offset>> {
+        let record = record::control(record, &self.slot, self.epoch().await?);
+        self.log.append(self.partition, record).await
+    }
+
+    /// Says that we left by ourselves, with nothing begun.
+    pub(super) async fn release(&self) -> Result<()> {
+        let _alone = self.writing.write().await;
+        self.append(&Record::Release).await.map(drop)
+    }
+
+    /// Reads what was appended since, by us and by others.
+    pub(super) async fn read_on(&self) -> Result<()> {
+        self.read_until(None).await
+    }
+
+    /// Reads on; the record with this id is our Takeover.
+    async fn read_until(&self, takeover: Option<&EventId>) -> Result<()> {
+        let _one_at_a_time = self.reading.lock().await;
+        loop {
+            let next = self.fold.lock().next;
+            let records = self.log.admin()?.read(&self.log.topic, self.partition, Offset(next), PAGE).await?;
+            let (n_records, now) = (records.len(), Now::get());
+            let mut fold = self.fold.lock();
+            for record in records {
+                let (position, envelope) = (record.offset.0, record.content.envelope());
+                let ours = takeover.is_some_and(|id| envelope.is_some_and(|envelope| envelope.id() == id));
+                if ours && planted(Bug::ForgetsParkedOnTakeover) {
+                    *fold = Fold::from(position);
+                }
+                fold.read(position, envelope.and_then(record::parse), now);
+                if ours {
+                    fold.begin(position);
+                }
+            }
+            if n_records < PAGE {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads the event of a parked one.
+    pub(in crate::driver) async fn body(&self, waiting: &Waiting) -> Result<Envelope> {
+        let mut position = waiting.position;
+        if position.is_none() {
+            // The confirm named no offset: it is where we read it.
+            self.read_on().await?;
+            position = self.fold.lock().position(&waiting.parked.id);
+        }
+        let missing = || {
+            Error::new(ErrorKind::NotFound, "a parked event is not where it was")
+                .with("topic", &self.log.topic)
+                .with("id", &waiting.parked.id)
+        };
+        let at = Offset(position.ok_or_else(missing)?);
+        let records = self.log.admin()?.read(&self.log.topic, self.partition, at, 1).await?;
+        let record = records.first().filter(|record| record.offset == at).ok_or_else(missing)?;
+        let event = record::unpark(record.content.envelope().ok_or_else(missing)?)?;
+        if *event.id() == waiting.parked.id { Ok(event) } else { Err(missing()) }
+    }
+
+    /// The first position that was not read.
+    pub(super) fn next(&self) -> u64 {
+        self.fold.lock().next
+    }
+
+    /// Whether the log is to be rewritten: it is long, and not because of what is pending.
+    pub(super) fn is_long(&self, sweep_after: usize) -> bool {
+        let fold = self.fold.lock();
+        fold.next - fold.low > sweep_after.max(2 * fold.n_pending()) as u64
+    }
+
+    /// Appends all that is pending once more, and moves the low-water mark up to what was read before.
+    ///
+    /// A crash between leaves copies, which are dropped by id. Whoever was replaced moves nothing.
+    pub(super) async fn sweep(&self) -> Result<()> {
+        let _alone = self.writing.write().await;
+        let blind = planted(Bug::SweepsBlind);
+        if !blind {
+            self.read_on().await?;
+        }
+        let (pending, begun, mut low) = {
+            let fold = self.fold.lock();
+            if fold.is_fenced() && !blind {
+                return Ok(());
+            }
+            (fold.all(), fold.begun(), fold.next)
+        };
+        if planted(Bug::SweepMovesFirst) {
+            self.move_low(low).await?;
+        }
+        self.append(&Record::Swept).await?;
+        for waiting in pending {
+            let event = self.body(&waiting).await?;
+            let mut parked = waiting.parked.clone();
+            parked.due = waiting.due_wall(Now::get());
+            if planted(Bug::SweepForgetsAttempts) {
+                parked.attempts = 0;
+            }
+            let record = record::park(&event, &parked, &self.slot, self.epoch().await?);
+            let position = self.log.append(self.partition, record).await?;
+            self.fold.lock().park(parked, position.map(|position| position.0), false, Now::get());
+        }
+        for (id, attempts) in begun {
+            self.append(&Record::Attempt { id, attempts, due: None, held: false }).await?;
+        }
+        if blind {
+            low = self.end().await?;
+        } else {
+            self.read_on().await?;
+            if self.fold.lock().is_fenced() {
+                return Ok(());
+            }
+        }
+        self.move_low(low).await
+    }
+
+    async fn end(&self) -> Result<u64> {
+        let info = self.log.admin()?.topic(&self.log.topic).await?;
+        let found = info.and_then(|info| info.partitions.into_iter().find(|p| p.partition == self.partition));
+        Ok(found.map_or(0, |info| info.next.0))
+    }
+
+    async fn move_low(&self, low: u64) -> Result<()> {
+        self.log.admin()?.seek(&self.log.group, &self.log.topic, self.partition, Offset(low)).await?;
+        self.fold.lock().swept(low);
+        Ok(())
+    }
+
+    pub(in crate::driver) fn meets(&self, id: &EventId, sequence: &Sequence, origin: Offset) -> Meets {
+        self.fold.lock().meets(id, sequence, origin)
+    }
+
+    pub(in crate::driver) fn held(&self, sequence: &Sequence) -> Option<EventId> {
+        self.fold.lock().held(sequence)
+    }
+
+    pub(in crate::driver) fn head(&self, sequence: &Sequence) -> Option<Waiting> {
+        self.fold.lock().head(sequence, Instant::now())
+    }
+
+    pub(in crate::driver) fn sizes(&self, sequence: &Sequence) -> (usize, usize) {
+        self.fold.lock().sizes(sequence)
+    }
+
+    /// Forgets a run that was begun with caution and ended.
+    pub(in crate::driver) fn ended(&self, id: &EventId) {
+        self.fold.lock().ended(id);
+    }
+
+    /// Whether the next delivery runs with caution.
+    pub(in crate::driver) fn is_cautious(&self) -> bool {
+        self.cautious.load(Atomic::Relaxed) > 0
+            && self
+                .cautious
+                .fetch_update(Atomic::Relaxed, Atomic::Relaxed, |left| left.checked_sub(1))
+                .is_ok()
+    }
+
+    /// Whether the partition is still ours, as far as the log says.
+    pub(in crate::driver) fn is_ours(&self) -> bool {
+        !self.leaving.load(Atomic::Acquire) && !self.is_fenced()
+    }
+
+    pub(super) fn is_fenced(&self) -> bool {
+        self.fold.lock().is_fenced()
+    }
+
+    pub(super) fn leave(&self, leaving: bool) {
+        self.leaving.store(leaving, Atomic::Release);
+    }
+
+    /// Takes a sequence whose head is due. Give it back.
+    pub(super) fn take_due(&self) -> Option<Sequence> {
+        if !self.is_ours() {
+            return None;
+        }
+        let sequence = self.fold.lock().take_due(Instant::now())?;
+        self.n_running.fetch_add(1, Atomic::AcqRel);
+        Some(sequence)
+    }
+
+    pub(in crate::driver) fn give_back(&self, sequence: &Sequence) {
+        self.fold.lock().returned(sequence);
+        self.n_running.fetch_sub(1, Atomic::AcqRel);
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.n_running.load(Atomic::Acquire) == 0
+    }
+
+    pub(super) fn due_at(&self) -> Option<Instant> {
+        if self.is_ours() { self.fold.lock().due_at() } else { None }
+    }
+
+    /// Events that are parked, and sequences that wait for an operator.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let fold = self.fold.lock();
+        (fold.n_pending(), fold.n_held())
+    }
+}

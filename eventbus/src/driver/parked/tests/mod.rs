@@ -1,0 +1,123 @@
+//! Parking on each embedded transport, and bugs planted in it that its tests must find.
+
+mod cases;
+mod gate;
+mod random;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use self::cases::CASES;
+use self::gate::Gate;
+use super::planted::{Bug, plant};
+use crate::bus::Bus;
+use crate::transport::Transport;
+use crate::transport::memory::{Memory, Options};
+use crate::transport::sqlite::{self, Sqlite};
+
+const SEEDS: std::ops::Range<u64> = 0..20;
+
+/// Which case finds which bug.
+const FOUND_BY: &[(Bug, &str)] = &[
+    (Bug::RunsFollowerInLane, "follower_waits_for_parked_head"),
+    (Bug::ForgetsParkedOnTakeover, "takeover_loads_parked_keys_first"),
+    (Bug::ParksTwice, "crash_between_park_and_settle_parks_once"),
+    (Bug::SettlesBeforePark, "source_settles_after_park_is_confirmed"),
+    (Bug::FreesKeyEarly, "key_is_free_only_after_done"),
+    (Bug::CountsAfterRun, "crash_loop_is_counted"),
+    (Bug::NoCaution, "crash_loop_is_counted"),
+    (Bug::LogOrder, "order_inside_a_key_is_the_origin"),
+    (Bug::SweepsBlind, "zombie_sweep_moves_nothing"),
+    (Bug::SweepMovesFirst, "zombie_sweep_moves_nothing"),
+    (Bug::SweepReorders, "sweep_keeps_order_and_state"),
+    (Bug::SweepForgetsAttempts, "sweep_keeps_order_and_state"),
+    (Bug::RedriveHeadOnly, "held_sequence_redrives_oldest_first"),
+    (Bug::DropsOverBound, "full_parking_pauses_not_drops"),
+    (Bug::ParksEverything, "outage_opens_breaker_and_parks_nothing"),
+    (Bug::EpochIgnored, "zombie_cannot_undo_done"),
+];
+
+/// A bus whose parking can be held up, for one run of a case.
+struct World {
+    bus: Bus,
+    gate: Arc<Gate>,
+    random: fastrand::Rng,
+}
+
+impl World {
+    fn new(transport: Arc<dyn Transport>, seed: u64) -> Self {
+        let gate = Arc::new(Gate::new(transport));
+        Self { bus: Bus::new(gate::Gated(gate.clone())), gate, random: fastrand::Rng::with_seed(seed) }
+    }
+}
+
+/// Runs a case on virtual time in the in-process transport.
+fn on_memory(case: &cases::Case, seed: u64) -> Result<(), String> {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    let options = Options { replay: 1_000_000, ..Options::default() };
+    let world = World::new(Arc::new(Memory::new(options)), seed);
+    runtime.block_on(async {
+        tokio::time::timeout(Duration::from_secs(3_600), (case.run)(world))
+            .await
+            .unwrap_or(Err("stuck".into()))
+    })
+}
+
+#[test]
+fn every_case_passes_on_memory() {
+    for case in CASES {
+        for seed in SEEDS {
+            let ended = on_memory(case, seed);
+            assert_eq!(ended, Ok(()), "{}, seed {seed}", case.name);
+        }
+    }
+}
+
+#[test]
+fn every_case_passes_on_sqlite() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    for case in CASES {
+        let folder = tempfile::tempdir().unwrap();
+        let ended = runtime.block_on(async {
+            let path = folder.path().join("bus.db");
+            let file = Sqlite::open_path(&path, sqlite::Options::default()).await.unwrap();
+            let world = World::new(Arc::new(file.clone()), 1);
+            let ended = tokio::time::timeout(Duration::from_secs(60), (case.run)(world)).await;
+            file.close().await.unwrap();
+            ended.unwrap_or(Err("stuck".into()))
+        });
+        assert_eq!(ended, Ok(()), "{}", case.name);
+    }
+}
+
+#[test]
+fn every_planted_bug_is_found_in_every_seed() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut survivors = Vec::new();
+    println!("{:28} {:44} found in", "bug", "by");
+    for (bug, name) in FOUND_BY {
+        let case = CASES.iter().find(|case| case.name == *name).unwrap();
+        plant(Some(*bug));
+        let n_found = SEEDS.filter(|seed| on_memory(case, *seed).is_err()).count();
+        plant(None);
+        println!("{:28} {name:44} {n_found} of {}", format!("{bug:?}"), SEEDS.end);
+        if n_found as u64 != SEEDS.end {
+            survivors.push(format!("{bug:?} survives {name} in {} runs", SEEDS.end as usize - n_found));
+        }
+    }
+    std::panic::set_hook(hook);
+    assert!(survivors.is_empty(), "{survivors:#?}");
+}
+
+#[test]
+fn every_case_finds_a_bug() {
+    for case in CASES {
+        assert!(
+            case.is_extra || FOUND_BY.iter().any(|(_, name)| *name == case.name),
+            "{} finds nothing",
+            case.name
+        );
+    }
+}
