@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
+use crate::held::{self, Held, Sequence};
 use crate::inspect::record_at;
 use crate::out::Out;
 use crate::out::row;
@@ -23,6 +24,8 @@ use crate::{audit, record};
 /// Examples:
 ///   eventctl -c sqlite://shop.db dlq list --group-by reason
 ///   eventctl -c sqlite://shop.db dlq redrive --reason payment.timeout --execute
+///   eventctl -c sqlite://shop.db dlq list --parked-keys
+///   eventctl -c sqlite://shop.db dlq redrive --sequence order-17 --execute
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Dlq {
@@ -42,6 +45,9 @@ enum By {
 enum What {
     /// Lists the letters that are not redriven or resolved.
     List {
+        /// Lists the keys that wait for an operator instead.
+        #[arg(long, conflicts_with = "group_by")]
+        parked_keys: bool,
         /// Counts instead.
         #[arg(long, value_enum)]
         group_by: Option<By>,
@@ -59,7 +65,10 @@ enum What {
     /// Publishes letters again: by default only for the handler that failed.
     Redrive {
         /// Places of letters; without, the filters choose.
+        #[arg(conflicts_with = "sequence")]
         references: Vec<String>,
+        #[command(flatten)]
+        sequence: Sequence,
         /// Only letters with this reason.
         #[arg(long = "reason", alias = "group", value_name = "REASON")]
         reason: Option<String>,
@@ -87,8 +96,13 @@ enum What {
     /// Closes letters without running them again.
     Resolve {
         /// Places of letters.
-        #[arg(required = true)]
+        #[arg(required_unless_present = "sequence", conflicts_with = "sequence")]
         references: Vec<String>,
+        #[command(flatten)]
+        sequence: Sequence,
+        /// Only letters of this topic.
+        #[arg(long, value_name = "TOPIC")]
+        dest: Option<Topic>,
         /// Why, for the audit.
         #[arg(long, value_name = "TEXT")]
         reason: String,
@@ -150,7 +164,15 @@ fn age(letter: &Letter) -> String {
 /// Not found, refused for safety, or partial.
 pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome {
     match &dlq.what {
-        What::List { group_by: None, dest, filter } => {
+        What::List { parked_keys: true, dest, .. } => {
+            let rows = held::all(session, dest.as_ref()).await?.into_iter().map(|held| {
+                row! {"topic": held.topic.to_string(), "group": held.group.to_string(), "key": held.key.key.to_string(),
+                "event": held.key.event.to_string(), "at": format!("{}/{}@{}", held.topic, held.key.partition, held.key.offset),
+                "attempts": held.key.attempts, "waiting": held.key.n_waiting}
+            });
+            out.rows(rows.collect())
+        }
+        What::List { group_by: None, dest, filter, .. } => {
             let rows = letters(session, dest.as_ref(), filter).await?.into_iter().map(|letter| {
                 row! {"ref": letter.place, "reason": letter.mark("evt-dlq-reason"), "group": letter.mark("evt-dlq-group"),
                 "handler": letter.mark("evt-dlq-handler"), "type": letter.event.event_type(),
@@ -159,7 +181,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             });
             out.rows(rows.collect())
         }
-        What::List { group_by: Some(by), dest, filter } => {
+        What::List { group_by: Some(by), dest, filter, .. } => {
             let mut groups: BTreeMap<(String, String), Vec<Letter>> = BTreeMap::new();
             for letter in letters(session, dest.as_ref(), filter).await? {
                 let name = match by {
@@ -190,7 +212,35 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             say!("next: eventctl dlq redrive {reference} --execute");
             Ok(())
         }
-        What::Redrive { references, reason, dest, filter, to, max, all, max_replays, execute } => {
+        What::Redrive { sequence: Sequence { sequence: Some(key), consumer }, dest, execute, .. } => {
+            let held = held::one(session, dest.as_ref(), key, consumer.as_ref()).await?;
+            let what = format!("key {key} of {} with {} events behind it", held.group, held.key.n_waiting);
+            if !execute {
+                say!("would redrive {what}; add --execute to do it");
+                return Ok(());
+            }
+            session.may_write()?;
+            held.keys(&session.bus)?.redrive(&held.key.key).await?;
+            close(session, &held, "redrive", json!({"to": "sequence"})).await?;
+            say!("redrove {what}");
+            Ok(())
+        }
+        What::Resolve {
+            sequence: Sequence { sequence: Some(key), consumer }, dest, reason, execute, ..
+        } => {
+            let held = held::one(session, dest.as_ref(), key, consumer.as_ref()).await?;
+            let what = format!("key {key} of {}: {} events go on", held.group, held.key.n_waiting);
+            if !execute {
+                say!("would resolve {what}; add --execute to do it");
+                return Ok(());
+            }
+            session.may_write()?;
+            held.keys(&session.bus)?.resolve(&held.key.key, reason).await?;
+            close(session, &held, "resolve", json!({"reason": reason})).await?;
+            say!("resolved {what}");
+            Ok(())
+        }
+        What::Redrive { references, reason, dest, filter, to, max, all, max_replays, execute, .. } => {
             let mut chosen = letters(session, dest.as_ref(), filter).await?;
             chosen.retain(|letter| {
                 let named = references.is_empty() || references.contains(&letter.place);
@@ -230,8 +280,8 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             say!("redrove {} dead letters to {to}{tired}", chosen.len());
             Ok(())
         }
-        What::Resolve { references, reason, execute } => {
-            let open = letters(session, None, &Filter::default()).await?;
+        What::Resolve { references, dest, reason, execute, .. } => {
+            let open = letters(session, dest.as_ref(), &Filter::default()).await?;
             if let Some(missing) =
                 references.iter().find(|reference| !open.iter().any(|letter| letter.place == **reference))
             {
@@ -250,6 +300,17 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             Ok(())
         }
     }
+}
+
+/// Notes that the letters of a parked event are settled.
+async fn close(session: &Session, held: &Held, verb: &str, mut how: serde_json::Value) -> Outcome {
+    let open = letters(session, Some(&held.topic), &Filter::default()).await?;
+    let of_it = open.iter().filter(|letter| {
+        *letter.event.id() == held.key.event && letter.mark("evt-dlq-group") == held.group.as_str()
+    });
+    let names: Vec<_> = of_it.map(|letter| audit::name_of(&letter.place, letter.event.id())).collect();
+    how["letters"] = json!(names);
+    audit::note(session, verb, how).await
 }
 
 /// Publishes letters again, confirmed, oldest first, and only then notes that they are settled.

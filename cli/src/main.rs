@@ -5,6 +5,7 @@ mod context;
 mod dlq;
 mod doctor;
 mod exit;
+mod held;
 mod inspect;
 mod out;
 mod publish;

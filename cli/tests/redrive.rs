@@ -88,3 +88,57 @@ async fn a_redriven_letter_goes_only_to_the_handler_that_failed() {
     billing.stop().await.unwrap();
     mailing.stop().await.unwrap();
 }
+
+/// What follows a failed event of its key waits for the operator, and comes after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parked_sequence_goes_on_when_the_operator_says_so() {
+    #[derive(Debug, Event, Serialize, Deserialize)]
+    #[event(type = "shop.step", version = 1, key = order)]
+    struct Step {
+        order: u64,
+        n: u32,
+    }
+    type Seen = Arc<parking_lot::Mutex<Vec<(u64, u32)>>>;
+    #[derive(Clone, Default)]
+    struct Shop(Arc<AtomicBool>, Seen);
+    async fn step(Typed(step): Typed<Step>, State(Shop(down, seen)): State<Shop>) -> Result<(), Failure> {
+        if down.load(Ordering::SeqCst) && step.n == 0 {
+            return Err(Failure::permanent("never", "not now"));
+        }
+        seen.lock().push((step.order, step.n));
+        Ok(())
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/bus.db", folder.path().display());
+    let bus = eventbus::connect(&url).await.unwrap();
+    let (topic, shop) = (Topic::new("steps.of.orders").unwrap(), Shop::default());
+    shop.0.store(true, Ordering::SeqCst);
+    let service =
+        Service::new("ship.ping").on(topic.clone(), step).with_state(shop.clone()).start(&bus).await.unwrap();
+    let publisher = bus.publisher().await.unwrap();
+    for (order, n) in [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (1, 2)] {
+        publisher.publish(&topic, &Step { order, n }).await.unwrap();
+    }
+    until("three keys are held", async || service.counts().held == 3 && service.counts().parked == 7).await;
+    let ctl = |arguments: &[&str]| {
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_eventctl")).args(["-c", &url]).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (_, listed) = ctl(&["dlq", "list", "--parked-keys"]);
+    assert!(listed.lines().count() == 3 && listed.contains("\"group\":\"ship.ping\""), "{listed}");
+    assert_eq!(ctl(&["dlq", "redrive", "--sequence", "4", "--execute"]).0, Some(4), "no such sequence");
+    shop.0.store(false, Ordering::SeqCst);
+    assert_eq!(ctl(&["dlq", "redrive", "--sequence", "1"]).0, Some(0));
+    assert_eq!(service.counts().held, 3, "a preview changes nothing");
+    assert_eq!(ctl(&["dlq", "redrive", "--sequence", "1", "--execute"]).0, Some(0));
+    until("key 1 went on", async || shop.1.lock().len() == 3).await;
+    assert_eq!(ctl(&["dlq", "resolve", "--sequence", "2", "--reason", "by phone", "--execute"]).0, Some(0));
+    until("key 2 went on", async || shop.1.lock().len() == 4).await;
+    // The letter itself, redriven by its reason, frees its key as well.
+    assert_eq!(ctl(&["dlq", "redrive", "--reason", "never", "--execute"]).0, Some(0));
+    until("key 3 went on", async || service.counts().parked == 0).await;
+    assert_eq!(*shop.1.lock(), [(1, 0), (1, 1), (1, 2), (2, 1), (3, 0), (3, 1)]);
+    assert_eq!(ctl(&["dlq", "list"]).1, "", "letters of redriven and resolved keys are settled");
+    service.stop().await.unwrap();
+}

@@ -23,7 +23,7 @@ pub enum Waits {
 #[non_exhaustive]
 pub enum Followers {
     /// They wait, durably and in order, until an operator redrives or resolves the one that failed:
-    /// `eventctl dlq redrive TOPIC --group GROUP --sequence KEY`.
+    /// `eventctl dlq redrive --sequence KEY`, or [`ParkedKeys`](crate::ParkedKeys).
     Hold,
     /// They are handled without it.
     Skip,
