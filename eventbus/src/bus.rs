@@ -83,6 +83,11 @@ impl Bus {
         self
     }
 
+    /// Returns the CloudEvents `source` of what is published through this value.
+    pub fn source(&self) -> Text {
+        self.source.clone()
+    }
+
     /// Returns the transport.
     pub fn transport(&self) -> &Arc<dyn Transport> {
         &self.transport

@@ -255,6 +255,11 @@ impl Envelope {
         self.0.payload.as_ref()
     }
 
+    /// Returns when the event is of no use any more: the extension `expirytime`, if it is a time.
+    pub fn expiry(&self) -> Option<SystemTime> {
+        self.extension(extension::EXPIRY_TIME).and_then(crate::time::from_rfc3339)
+    }
+
     /// Returns the bytes this event counts against limits: body, key, attributes and headers.
     pub fn size_bytes(&self) -> usize {
         let inner = &*self.0;

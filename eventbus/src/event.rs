@@ -14,6 +14,8 @@ pub trait Message: Sized + Send + Sync + 'static {
     const TYPE: &'static str;
     /// The version of the body's shape, from 1.
     const VERSION: u32;
+    /// Whether it is a [`Command`], which has one owner.
+    const IS_COMMAND: bool = false;
     /// How the body is written.
     type Codec: Codec<Self>;
 

@@ -2,6 +2,9 @@
 
 use std::future::Future;
 use std::num::NonZeroU32;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
 
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
@@ -46,11 +49,13 @@ impl Context {
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an argument of a handler with state `{S}`",
     label = "not an extractor",
-    note = "extractors are Typed<E>, State<S>, Meta, Headers and Attempt"
+    note = "extractors are Typed<E>, State<S>, Meta, Headers, Raw, Deadline and Attempt"
 )]
 pub trait Extract<S>: Sized + Send {
     /// The type and version this argument is for, which routes deliveries to the handler.
     const MESSAGE: Option<(&'static str, u32)> = None;
+    /// Whether that is a command, which has one owner.
+    const IS_COMMAND: bool = false;
 
     /// Takes the argument from a delivery. A failure is the handler's outcome.
     fn extract(context: &Context, state: &S) -> impl Future<Output = Result<Self, Failure>> + Send;
@@ -62,6 +67,7 @@ pub struct Typed<M>(pub M);
 
 impl<M: Message, S: Sync> Extract<S> for Typed<M> {
     const MESSAGE: Option<(&'static str, u32)> = Some((M::TYPE, M::VERSION));
+    const IS_COMMAND: bool = M::IS_COMMAND;
 
     async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
         match context.envelope.decode() {
@@ -106,6 +112,35 @@ impl<S: Sync> Extract<S> for Meta {
 impl<S: Sync> Extract<S> for Headers {
     async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
         Ok(context.envelope.headers().clone())
+    }
+}
+
+/// The body as it came, undecoded; empty where it is absent.
+#[derive(Debug, Clone)]
+pub struct Raw(pub Bytes);
+
+impl<S: Sync> Extract<S> for Raw {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        Ok(Self(context.envelope.payload().cloned().unwrap_or_default()))
+    }
+}
+
+/// When the event is of no use any more: the `expirytime` of its producer. `None` = it always is.
+///
+/// An event that is late already does not reach its handler.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline(pub Option<SystemTime>);
+
+impl Deadline {
+    /// Returns how much time is left; `None` = without end.
+    pub fn left(&self) -> Option<Duration> {
+        self.0.map(|end| end.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+}
+
+impl<S: Sync> Extract<S> for Deadline {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+        Ok(Self(context.envelope.expiry()))
     }
 }
 

@@ -11,6 +11,7 @@ use crate::error::{Class, Error};
 /// `?` turns errors into failures by their type: an [`Error`] of the bus by its class, an
 /// `std::io::Error` as transient unless it says otherwise, a `serde_json::Error` as poison, anything
 /// else as transient. It is no `std::error::Error` itself, so that this conversion can exist.
+#[derive(Clone)]
 pub struct Failure {
     class: Class,
     code: Cow<'static, str>,
@@ -62,6 +63,11 @@ impl Failure {
     /// Whether it may be what every event needs that failed, and not this event.
     pub(crate) fn is_of_a_dependency(&self) -> bool {
         self.class == Class::Transient && !self.by_panic && self.retry_after.is_none()
+    }
+
+    /// Whether another run at once is worth it.
+    pub(crate) fn may_pass_at_once(&self) -> bool {
+        self.class == Class::Transient && self.retry_after.is_none()
     }
 
     /// Returns how the failure is treated.

@@ -27,13 +27,15 @@ use crate::outcome::{IntoOutcome, Outcome};
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a handler for state `{S}`",
     label = "not a handler",
-    note = "a handler is an `async fn` whose arguments are extractors (Typed<E>, State<S>, Meta, Headers, Attempt)",
-    note = "and that returns (), Emit<E>, Emits, or a Result of one of these with eventbus::Failure as its error",
+    note = "a handler is an `async fn` whose arguments are extractors (Typed<E>, State<S>, Meta, Headers, Raw, Deadline, Attempt)",
+    note = "and that returns (), Emit<E>, Emits, Reply<R>, or a Result of one of these with eventbus::Failure as its error",
     note = "State<T> needs `.with_state(…)` with a T"
 )]
 pub trait Handler<Arguments, S>: Clone + Send + Sync + 'static {
     /// The type and version that the arguments ask for.
     const MESSAGE: Option<(&'static str, u32)>;
+    /// Whether that is a command, which has one owner.
+    const IS_COMMAND: bool;
 
     /// Runs the handler on one delivery.
     fn call(&self, context: &Context, state: &S) -> impl Future<Output = Outcome> + Send;
@@ -61,6 +63,7 @@ macro_rules! handler {
             $($argument: Extract<S>,)*
         {
             const MESSAGE: Option<(&'static str, u32)> = first(&[$($argument::MESSAGE),*]);
+            const IS_COMMAND: bool = false $(|| $argument::IS_COMMAND)*;
 
             #[allow(non_snake_case, unused_variables, reason = "arguments are named as their types")]
             async fn call(&self, context: &Context, state: &S) -> Outcome {

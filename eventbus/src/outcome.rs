@@ -2,7 +2,7 @@
 
 use crate::envelope::Envelope;
 use crate::error::Result;
-use crate::event::Event;
+use crate::event::{Event, Message};
 use crate::failure::Failure;
 use crate::id::EventId;
 use crate::name::Topic;
@@ -16,10 +16,24 @@ pub struct Outcome {
 
 #[derive(Debug)]
 pub(crate) struct Output {
-    pub(crate) topic: Option<Topic>,
+    pub(crate) to: To,
     pub(crate) id: Option<EventId>,
     pub(crate) envelope: Envelope,
 }
+
+/// Where an output goes.
+#[derive(Debug)]
+pub(crate) enum To {
+    Topic(Topic),
+    /// The topic of the route.
+    Route,
+    /// Whoever asked.
+    Asker,
+}
+
+/// Answers a command, before it is settled. Nothing is sent if nobody asked for an answer.
+#[derive(Debug)]
+pub struct Reply<R>(pub R);
 
 /// Publishes one event to the route's topic, before the input is settled.
 ///
@@ -67,7 +81,7 @@ impl Emits {
     }
 
     fn push<E: Event>(mut self, topic: &Topic, event: &E, id: Option<EventId>) -> Result<Self> {
-        self.0.push(Output { topic: Some(topic.clone()), id, envelope: Envelope::of(event, "/")? });
+        self.0.push(Output { to: To::Topic(topic.clone()), id, envelope: Envelope::of(event, "/")? });
         Ok(self)
     }
 
@@ -80,7 +94,10 @@ impl Emits {
                 Some(id) => envelope.with_id(id),
                 None => envelope,
             };
-            Some((output.topic?, envelope))
+            match output.to {
+                To::Topic(topic) => Some((topic, envelope)),
+                To::Route | To::Asker => None,
+            }
         };
         self.0.into_iter().filter_map(complete).collect()
     }
@@ -95,7 +112,7 @@ impl Emits {
 #[diagnostic::on_unimplemented(
     message = "a handler cannot return `{Self}`",
     label = "not an outcome",
-    note = "return (), Emit<E>, Emits, or a Result of one of these with eventbus::Failure as its error"
+    note = "return (), Emit<E>, Emits, Reply<R>, or a Result of one of these with eventbus::Failure as its error"
 )]
 pub trait IntoOutcome {
     /// Turns the value into an outcome.
@@ -118,7 +135,18 @@ impl<E: Event> IntoOutcome for Emit<E> {
     fn into_outcome(self) -> Outcome {
         match Envelope::of(&self.0, "/") {
             Ok(envelope) => {
-                Outcome { verdict: Ok(()), outputs: vec![Output { topic: None, id: None, envelope }] }
+                Outcome { verdict: Ok(()), outputs: vec![Output { to: To::Route, id: None, envelope }] }
+            }
+            Err(error) => Failure::from(error).into_outcome(),
+        }
+    }
+}
+
+impl<R: Message> IntoOutcome for Reply<R> {
+    fn into_outcome(self) -> Outcome {
+        match Envelope::of(&self.0, "/") {
+            Ok(envelope) => {
+                Outcome { verdict: Ok(()), outputs: vec![Output { to: To::Asker, id: None, envelope }] }
             }
             Err(error) => Failure::from(error).into_outcome(),
         }

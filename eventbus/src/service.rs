@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::backoff::Retry;
+use crate::batch::{BatchHandler, BoundBatch};
 use crate::bus::Bus;
 use crate::driver::{self, Running};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::Message;
+use crate::extract::Context;
 use crate::handler::{Bound, Handler, bind};
 use crate::name::{Group, Topic};
+use crate::outcome::{IntoOutcome, Outcome};
 use crate::parking::Parking;
 use crate::subscription::{Start, Subscription};
 
@@ -32,6 +36,9 @@ impl Guard {
     }
 }
 
+/// Most events a batch handler gets at once.
+const MAX_BATCH: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
 /// Bounds and policies of a service's subscriptions.
 #[derive(Debug, Clone)]
 pub(crate) struct Policy {
@@ -52,6 +59,7 @@ pub(crate) struct Policy {
 /// | events in hand, each topic | 1,024 | [`window`](Self::window) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
+/// | events in one call of a batch handler | 64 | [`on_batch`](Self::on_batch) |
 /// | a run of a handler | unbounded | [`timeout`](Self::timeout) |
 /// | draining at the end | 25 s | [`drain_within`](Self::drain_within) |
 ///
@@ -69,7 +77,14 @@ struct Route<S> {
     message: Option<(&'static str, u32)>,
     guard: Option<Guard>,
     emit_to: Option<Topic>,
-    bind: Box<dyn FnOnce(S) -> Box<dyn Bound> + Send>,
+    is_command: bool,
+    bind: Box<dyn FnOnce(S) -> Handling + Send>,
+}
+
+/// How a route's handler takes events.
+pub(crate) enum Handling {
+    One(Box<dyn Bound>),
+    Batch { handler: Box<dyn BoundBatch>, max: NonZeroUsize },
 }
 
 /// A route whose handler has its state.
@@ -78,7 +93,20 @@ pub(crate) struct BoundRoute {
     pub(crate) message: Option<(&'static str, u32)>,
     pub(crate) guard: Option<Guard>,
     pub(crate) emit_to: Option<Topic>,
-    pub(crate) handler: Box<dyn Bound>,
+    pub(crate) handling: Handling,
+}
+
+impl BoundRoute {
+    /// Runs the handler on one delivery.
+    pub(crate) async fn call(&self, context: &Context) -> Outcome {
+        match &self.handling {
+            Handling::One(handler) => handler.call(context).await,
+            Handling::Batch { handler, .. } => match handler.call(std::slice::from_ref(context)).await {
+                Ok(mut outcomes) => outcomes.pop().unwrap_or_else(|| ().into_outcome()),
+                Err(failure) => failure.into_outcome(),
+            },
+        }
+    }
 }
 
 impl<S: Clone + Send + Sync + 'static> Service<S> {
@@ -106,7 +134,27 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             message: H::MESSAGE,
             guard: None,
             emit_to: None,
-            bind: Box::new(move |state| bind(handler, state)),
+            is_command: H::IS_COMMAND,
+            bind: Box::new(move |state| Handling::One(bind(handler, state))),
+        });
+        self
+    }
+
+    /// Routes events of a topic to a batch handler: those of the type and version of its
+    /// [`Batch`](crate::Batch), up to 64 at once, at most one of each key. It never waits for a batch to fill.
+    #[must_use]
+    pub fn on_batch<A: 'static, H: BatchHandler<A, S>>(mut self, topic: Topic, handler: H) -> Self {
+        self.routes.push(Route {
+            topic,
+            name: short_name::<H>(),
+            message: Some((H::Message::TYPE, H::Message::VERSION)),
+            guard: None,
+            emit_to: None,
+            is_command: H::Message::IS_COMMAND,
+            bind: Box::new(move |state| Handling::Batch {
+                handler: crate::batch::bind(handler, state),
+                max: MAX_BATCH,
+            }),
         });
         self
     }
@@ -181,9 +229,10 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     /// Gives the handlers their state.
     #[must_use]
     pub fn with_state(self, state: S) -> Service<()> {
-        let routes = self.routes.into_iter().map(|Route { topic, name, message, guard, emit_to, bind }| {
+        let routes = self.routes.into_iter().map(|route| {
+            let Route { topic, name, message, guard, emit_to, is_command, bind } = route;
             let state = state.clone();
-            Route { topic, name, message, guard, emit_to, bind: Box::new(move |()| bind(state)) }
+            Route { topic, name, message, guard, emit_to, is_command, bind: Box::new(move |()| bind(state)) }
         });
         Service { name: self.name, routes: routes.collect(), policy: self.policy }
     }
@@ -201,13 +250,16 @@ impl Service<()> {
                 .with("service", &group));
         }
         let mut topics: BTreeMap<Topic, Vec<BoundRoute>> = BTreeMap::new();
+        for route in self.routes.iter().filter(|route| route.is_command) {
+            check_owner(bus, &route.topic, &group).await?;
+        }
         for route in self.routes {
             let bound = BoundRoute {
                 name: route.name,
                 message: route.message,
                 guard: route.guard,
                 emit_to: route.emit_to,
-                handler: (route.bind)(()),
+                handling: (route.bind)(()),
             };
             topics.entry(route.topic).or_default().push(bound);
         }
@@ -227,6 +279,23 @@ impl Service<()> {
         let running = self.start(bus).await?;
         driver::shutdown_signal().await;
         running.stop().await
+    }
+}
+
+/// A command has one owner: a topic with commands has one group.
+async fn check_owner(bus: &Bus, topic: &Topic, group: &Group) -> Result<()> {
+    let Some(admin) = bus.transport().admin() else { return Ok(()) };
+    if admin.topic(topic).await?.is_none() {
+        return Ok(());
+    }
+    match admin.groups(Some(topic)).await?.into_iter().find(|other| other.group != *group) {
+        None => Ok(()),
+        Some(other) => {
+            Err(Error::new(ErrorKind::Conflict, "commands have one owner, and the topic has another group")
+                .with("topic", topic)
+                .with("owner", other.group)
+                .with("service", group))
+        }
     }
 }
 

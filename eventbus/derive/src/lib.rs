@@ -96,9 +96,10 @@ fn generate(input: &DeriveInput, attribute: &str) -> syn::Result<Tokens> {
         }
         Some(expression) => quote!(::core::option::Option::Some(::eventbus::Key::from(#expression))),
     };
+    let is_command = attribute == "command";
     let name = &input.ident;
     let (impl_generics, type_generics, where_clause) = input.generics.split_for_impl();
-    let marker = if attribute == "command" {
+    let marker = if is_command {
         let reply = options.reply.map_or_else(|| quote!(()), |reply| quote!(#reply));
         quote!(impl #impl_generics ::eventbus::Command for #name #type_generics #where_clause { type Reply = #reply; })
     } else {
@@ -108,6 +109,7 @@ fn generate(input: &DeriveInput, attribute: &str) -> syn::Result<Tokens> {
         impl #impl_generics ::eventbus::Message for #name #type_generics #where_clause {
             const TYPE: &'static str = #wire_name;
             const VERSION: u32 = #version;
+            const IS_COMMAND: bool = #is_command;
             type Codec = #codec;
             fn key(&self) -> ::core::option::Option<::eventbus::Key> { #key }
         }

@@ -12,7 +12,7 @@ use super::parked::record::{Parked as ParkedEvent, Sequence};
 use super::parked::{Head, Meets, Parked, Place, Waiting};
 use super::subscribed::Subscribed;
 use super::{dead_letter, outputs};
-use crate::envelope::Envelope;
+use crate::envelope::{Envelope, extension};
 use crate::error::{Class, ErrorKind, Result};
 use crate::extract::Context;
 use crate::failure::Failure;
@@ -20,7 +20,7 @@ use crate::header::Headers;
 use crate::id::EventId;
 use crate::outcome::{IntoOutcome, Outcome};
 use crate::parking::{Followers, Waits};
-use crate::service::BoundRoute;
+use crate::service::{BoundRoute, Handling};
 use crate::transport::{Content, Delivery, Settle, Token};
 
 /// Pause after a failure of the transport itself, and its longest.
@@ -82,8 +82,11 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
     };
     let context =
         Context { topic: subscribed.topic.clone(), group: subscribed.group.clone(), delivery, envelope };
+    if subscribed.is_expired(&context.envelope) {
+        return Settle::Ack;
+    }
     let Some(parked) = &subscribed.parked else {
-        return fresh(subscribed, route, context, None, 0).await;
+        return fresh(subscribed, route, context, None, 0, None).await;
     };
     let Some(place) = parked.place(context.delivery.partition) else {
         return Settle::Return;
@@ -91,7 +94,7 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
     // What an operator redrives runs at once, whatever waits.
     if is_redriven(subscribed, &context.envelope) {
         let (id, sequence) = (context.envelope.id().clone(), subscribed.sequence(&context.envelope));
-        let settle = fresh(subscribed, route, context, None, 0).await;
+        let settle = fresh(subscribed, route, context, None, 0, None).await;
         if settle == Settle::Ack && place.held(&sequence).is_some_and(|held| held == id) {
             // A failure here leaves the sequence held: it can be redriven again.
             match place.done(&id).await {
@@ -105,7 +108,9 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
     match place.meets(id, &sequence, context.delivery.offset.unwrap_or_default()) {
         Meets::Itself => Settle::Ack,
         Meets::Parked => park(subscribed, parked, &place, &context, 0, None, false).await,
-        Meets::Nothing { begun } => fresh(subscribed, route, context, Some((parked, &place)), begun).await,
+        Meets::Nothing { begun } => {
+            fresh(subscribed, route, context, Some((parked, &place)), begun, None).await
+        }
     }
 }
 
@@ -113,13 +118,103 @@ fn is_redriven(subscribed: &Subscribed, envelope: &Envelope) -> bool {
     envelope.extension("evt-replay-group").is_some_and(|group| group == subscribed.group.as_str())
 }
 
-/// Handles an event that nothing of its key waits before. `begun` runs of it ended with their process.
+/// Handles deliveries of different lanes in one call of a batch handler. Returns how each is settled.
+///
+/// What is anything else than a plain first run is handled alone, and so is what fails.
+pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) -> Vec<Settle> {
+    let mut settles = vec![Settle::Return; deliveries.len()];
+    let (mut contexts, mut places) = (Vec::new(), Vec::new());
+    let mut batch = None;
+    for (at, one) in deliveries.into_iter().enumerate() {
+        let envelope = one.content.envelope().cloned();
+        let plain = envelope.filter(|envelope| is_plain(subscribed, &one, envelope));
+        let route = plain.as_ref().and_then(|envelope| subscribed.route(envelope));
+        match (route, plain) {
+            (Some(route @ BoundRoute { handling: Handling::Batch { handler, .. }, .. }), Some(envelope)) => {
+                batch = Some((route, handler));
+                let (topic, group) = (subscribed.topic.clone(), subscribed.group.clone());
+                contexts.push(Context { topic, group, delivery: one, envelope });
+                places.push(at);
+            }
+            _ => settles[at] = delivery(subscribed, one).await,
+        }
+    }
+    let Some((route, handler)) = batch else { return settles };
+    let pass = subscribed.breaker.admit().await;
+    if pass == Pass::Stopped {
+        return settles;
+    }
+    let outcomes: Vec<Option<Outcome>> = match guarded(subscribed, handler.call(&contexts))
+        .await
+        .and_then(|ran| ran)
+    {
+        Ok(outcomes) => outcomes.into_iter().map(Some).collect(),
+        Err(failure) => {
+            tracing::debug!(%failure, n = contexts.len(), topic = %subscribed.topic, handler = route.name, "a batch failed; each of it runs alone");
+            subscribed.breaker.undecided(pass);
+            contexts.iter().map(|_| None).collect()
+        }
+    };
+    for ((context, at), outcome) in contexts.into_iter().zip(places).zip(outcomes) {
+        let ended = match outcome.map(|outcome| (outcome.verdict, outcome.outputs)) {
+            Some((Ok(()), outputs)) => outputs::publish(subscribed, route, &context, outputs)
+                .await
+                .map_err(|e| Some(Failure::from(e))),
+            Some((Err(failure), _)) => Err(Some(failure)),
+            None => Err(None),
+        };
+        settles[at] = match ended {
+            Ok(()) => {
+                subscribed.breaker.succeeded();
+                subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
+                Settle::Ack
+            }
+            Err(failure) => {
+                match &failure {
+                    Some(failure) if failure.is_of_a_dependency() => {
+                        subscribed.breaker.failed(pass, identity(&context.envelope));
+                    }
+                    _ => subscribed.breaker.undecided(pass),
+                }
+                let place = subscribed
+                    .parked
+                    .as_ref()
+                    .map(|parked| (parked, parked.place(context.delivery.partition)));
+                match place {
+                    None => fresh(subscribed, route, context, None, 0, failure).await,
+                    Some((_, None)) => Settle::Return,
+                    Some((parked, Some(place))) => {
+                        fresh(subscribed, route, context, Some((parked, &place)), 0, failure).await
+                    }
+                }
+            }
+        };
+    }
+    settles
+}
+
+/// Whether a delivery is a plain first run: nothing of its key waits, and nobody was cautious about it.
+fn is_plain(subscribed: &Subscribed, delivery: &Delivery, envelope: &Envelope) -> bool {
+    if envelope.extension(extension::EXPIRY_TIME).is_some() || is_redriven(subscribed, envelope) {
+        return false;
+    }
+    let Some(parked) = &subscribed.parked else { return true };
+    parked.place(delivery.partition).is_some_and(|place| {
+        let (id, sequence) = (envelope.id(), subscribed.sequence(envelope));
+        let meets = place.meets(id, &sequence, delivery.offset.unwrap_or_default());
+        meets == Meets::Nothing { begun: 0 } && !place.is_wary()
+    })
+}
+
+/// Handles an event that nothing of its key waits before. `begun` runs of it ended with their process;
+/// `failed` is how it ran in a batch.
 async fn fresh(
     subscribed: &Subscribed,
     route: &BoundRoute,
     mut context: Context,
     parking: Option<(&Parked, &Place)>,
     begun: u32,
+    mut failed: Option<Failure>,
 ) -> Settle {
     let (claim, retry) = (Claim::Delivery(context.delivery.token), subscribed.policy.retry);
     let mut attempt = context.delivery.attempt.map_or(1, NonZeroU32::get).saturating_add(begun);
@@ -146,7 +241,17 @@ async fn fresh(
         }
     }
     let settle = loop {
-        let failure = match run(subscribed, route, &context, retry.in_lane.get(), claim).await {
+        let (runs, before) = match failed.take() {
+            // It ran in a batch: again alone, if it may pass, and once less.
+            Some(failure) if failure.may_pass_at_once() => (retry.in_lane.get() - 1, Some(failure)),
+            Some(failure) => (0, Some(failure)),
+            None => (retry.in_lane.get(), None),
+        };
+        let ended = match before {
+            Some(failure) if runs == 0 => Ended::Failed(failure),
+            _ => run(subscribed, route, &context, runs, claim).await,
+        };
+        let failure = match ended {
             Ended::Done => break Settle::Ack,
             Ended::Stopped => break Settle::Return,
             Ended::Failed(failure) => failure,
@@ -213,7 +318,8 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
         }
         pause = (pause * 2).min(MAX_PAUSE);
     };
-    let Some(route) = subscribed.route(&envelope) else {
+    let route = subscribed.route(&envelope);
+    let Some(route) = route.filter(|_| !subscribed.is_expired(&envelope)) else {
         return note(subscribed, place, claim, id, Note::Done).await;
     };
     let attempt = parked.attempts.saturating_add(1);
@@ -248,6 +354,7 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
     if bury_until(subscribed, &context.delivery, route.name, &failure, claim).await.is_err() {
         return false;
     }
+    outputs::refuse(subscribed, route, &context, &failure).await;
     if subscribed.followers == Followers::Hold && matches!(parked.sequence, Sequence::Key(_)) {
         let held = Note::Attempt { attempts: attempt, due: None, held: true };
         note(subscribed, place, claim, id, held).await;
@@ -326,6 +433,7 @@ async fn give_up(
     if let Err(settle) = bury_until(subscribed, &context.delivery, route.name, failure, claim).await {
         return settle;
     }
+    outputs::refuse(subscribed, route, context, failure).await;
     match parking {
         Some((parked, place))
             if subscribed.followers == Followers::Hold && context.envelope.key().is_some() =>
@@ -395,7 +503,7 @@ async fn run(
         } else {
             subscribed.breaker.undecided(pass);
         }
-        if failure.class() != Class::Transient || failure.delay().is_some() || runs >= in_lane {
+        if !failure.may_pass_at_once() || runs >= in_lane {
             return Ended::Failed(failure);
         }
         runs += 1;
@@ -415,22 +523,27 @@ fn identity(envelope: &Envelope) -> u64 {
 
 /// Runs the handler; a panic or an overrun is a failure like any other.
 async fn run_once(subscribed: &Subscribed, route: &BoundRoute, context: &Context) -> Outcome {
-    let mut running = route.handler.call(context);
+    guarded(subscribed, route.call(context)).await.unwrap_or_else(Failure::into_outcome)
+}
+
+/// Runs what may panic, or take too long.
+async fn guarded<T>(subscribed: &Subscribed, running: impl Future<Output = T>) -> Result<T, Failure> {
+    let mut running = std::pin::pin!(running);
     let caught = std::future::poll_fn(|task| {
         match std::panic::catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(task))) {
-            Ok(poll) => poll,
+            Ok(poll) => poll.map(Ok),
             Err(panic) => {
                 let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
                 let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                std::task::Poll::Ready(Failure::panic(text).into_outcome())
+                std::task::Poll::Ready(Err(Failure::panic(text)))
             }
         }
     });
     match subscribed.policy.timeout {
         None => caught.await,
-        Some(limit) => tokio::time::timeout(limit, caught).await.unwrap_or_else(|_| {
-            Failure::transient("timeout", format_args!("not done after {limit:?}")).into_outcome()
-        }),
+        Some(limit) => tokio::time::timeout(limit, caught)
+            .await
+            .unwrap_or_else(|_| Err(Failure::transient("timeout", format_args!("not done after {limit:?}")))),
     }
 }
 

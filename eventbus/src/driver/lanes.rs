@@ -182,6 +182,36 @@ impl Lanes {
         }
     }
 
+    /// Takes further deliveries whose lanes are free, in order, while they may go together with one.
+    pub(super) fn take_more(
+        &self,
+        max: usize,
+        together: impl Fn(&Delivery) -> bool,
+    ) -> Vec<(Lane, Delivery)> {
+        let mut inner = self.inner.lock();
+        let mut more = Vec::new();
+        while more.len() < max
+            && let Some((_, Work::Delivery(delivery))) = inner.ready.front()
+            && together(delivery)
+            && let Some((lane, Work::Delivery(delivery))) = inner.ready.pop_front()
+        {
+            more.push((lane, delivery));
+        }
+        more
+    }
+
+    /// Frees the lane; what waited behind becomes ready for any worker.
+    pub(super) fn pass_on(&self, lane: &Lane) {
+        let mut inner = self.inner.lock();
+        match inner.busy.get_mut(lane).and_then(VecDeque::pop_front) {
+            Some(next) => {
+                inner.ready.push_back((*lane, next));
+                self.arrived.notify_one();
+            }
+            None => drop(inner.busy.remove(lane)),
+        }
+    }
+
     /// Frees the lane; returns what waited behind, which runs next.
     pub(super) fn done(&self, lane: &Lane) -> Option<Work> {
         let mut inner = self.inner.lock();

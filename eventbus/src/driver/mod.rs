@@ -42,6 +42,8 @@ pub struct Counts {
     pub dead_lettered: u64,
     /// Events of a type that no route knows.
     pub unknown: u64,
+    /// Events that came after their `expirytime` and were not handled.
+    pub expired: u64,
     /// Events that are parked now: they wait for an attempt, or behind an event of their key.
     pub parked: u64,
     /// Keys that wait now for an operator, because an event of theirs was dead-lettered.
@@ -57,6 +59,7 @@ impl std::ops::AddAssign for Counts {
         self.redelivered += other.redelivered;
         self.dead_lettered += other.dead_lettered;
         self.unknown += other.unknown;
+        self.expired += other.expired;
         self.parked += other.parked;
         self.held += other.held;
         self.in_flight += other.in_flight;

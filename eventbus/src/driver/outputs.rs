@@ -6,9 +6,11 @@ use super::subscribed::Subscribed;
 use crate::envelope::{Envelope, extension};
 use crate::error::{Error, Result};
 use crate::extract::Context;
+use crate::failure::Failure;
 use crate::id::EventId;
 use crate::name::Topic;
-use crate::outcome::Output;
+use crate::outcome::{Output, To};
+use crate::request::{FAILED, FAILURE_CODE, FAILURE_MESSAGE};
 use crate::service::BoundRoute;
 
 /// Publishes what a handler emitted, in order, and waits until all of it is confirmed.
@@ -20,9 +22,17 @@ pub(super) async fn publish(
 ) -> Result<()> {
     let mut confirms = Vec::with_capacity(outputs.len());
     for (at, output) in outputs.into_iter().enumerate() {
-        let topic: &Topic = match (&output.topic, &route.emit_to) {
-            (Some(topic), _) | (None, Some(topic)) => topic,
-            (None, None) => {
+        let asker;
+        let topic: &Topic = match (&output.to, &route.emit_to) {
+            (To::Topic(topic), _) | (To::Route, Some(topic)) => topic,
+            (To::Asker, _) => match asker_of(context) {
+                Some(found) => {
+                    asker = found;
+                    &asker
+                }
+                None => continue,
+            },
+            (To::Route, None) => {
                 return Err(Error::config("the route emits events and names no topic: add .emit_to(topic)")
                     .with("handler", route.name));
             }
@@ -34,6 +44,32 @@ pub(super) async fn publish(
         confirm.await.all()?;
     }
     Ok(())
+}
+
+/// Where the answer to an event goes, if somebody still waits for one.
+fn asker_of(context: &Context) -> Option<Topic> {
+    let waits = context.envelope.expiry().is_none_or(|end| end > SystemTime::now());
+    let topic = context.envelope.extension(extension::REPLY_TO).filter(|_| waits)?;
+    Topic::new(topic).ok()
+}
+
+/// Tells whoever asked that there will be no answer. Nothing depends on it: the letter is stored.
+pub(super) async fn refuse(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    failure: &Failure,
+) {
+    let Some(asker) = asker_of(context) else { return };
+    let said: String = failure.message().chars().take(256).collect();
+    let answer = Envelope::new(FAILED, "/")
+        .with_extension(FAILURE_CODE, failure.code())
+        .with_extension(FAILURE_MESSAGE, said);
+    let answer = complete(subscribed, route, context, answer, None, 0);
+    let sent = async { subscribed.publisher.enqueue(&asker, vec![answer]).await?.await.all() };
+    if let Err(error) = sent.await {
+        tracing::warn!(%error, topic = %asker, "whoever asked could not be told of the failure");
+    }
 }
 
 /// Gives an output its id, source, cause and conversation.

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::handle;
 use super::lanes::{Lane, Work};
 use super::subscribed::Subscribed;
+use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::transport::{Delivery, Polled, Settle, Token};
@@ -236,6 +237,17 @@ async fn work(subscribed: Arc<Subscribed>, settling: Settling) {
         let mut next = Some(work);
         while let Some(work) = next {
             match work {
+                Work::Delivery(delivery) if subscribed.batch_of(&delivery) > 1 => {
+                    let max = subscribed.batch_of(&delivery) - 1;
+                    let more =
+                        subscribed.lanes.take_more(max, |other| subscribed.go_together(&delivery, other));
+                    let others: Vec<Lane> = more.iter().map(|(lane, _)| *lane).collect();
+                    let all = std::iter::once((lane, delivery)).chain(more).collect();
+                    if !deliver_batch(&subscribed, &settling, all).await {
+                        return;
+                    }
+                    others.iter().for_each(|lane| subscribed.lanes.pass_on(lane));
+                }
                 Work::Delivery(delivery) => {
                     if !deliver(&subscribed, &settling, &lane, delivery).await {
                         return;
@@ -258,8 +270,37 @@ async fn deliver(subscribed: &Subscribed, settling: &Settling, lane: &Lane, deli
     if !subscribed.holds(delivery.token) {
         return true;
     }
-    let (token, partition, offset) = (delivery.token, delivery.partition, delivery.offset);
+    let place = (delivery.token, delivery.partition, delivery.offset);
     let how = handle::delivery(subscribed, delivery).await;
+    send(subscribed, settling, lane, place, how).await
+}
+
+/// Handles deliveries of different lanes in one call, and sends how each is settled.
+async fn deliver_batch(
+    subscribed: &Subscribed,
+    settling: &Settling,
+    mut batch: Vec<(Lane, Delivery)>,
+) -> bool {
+    batch.retain(|(_, delivery)| subscribed.holds(delivery.token));
+    let places: Vec<_> = batch.iter().map(|(lane, d)| (*lane, (d.token, d.partition, d.offset))).collect();
+    let deliveries = batch.into_iter().map(|(_, delivery)| delivery).collect();
+    let settles = handle::batch(subscribed, deliveries).await;
+    for ((lane, place), how) in places.into_iter().zip(settles) {
+        if !send(subscribed, settling, &lane, place, how).await {
+            return false;
+        }
+    }
+    true
+}
+
+/// Sends how a delivery is settled, and what of its lane goes back with it.
+async fn send(
+    subscribed: &Subscribed,
+    settling: &Settling,
+    lane: &Lane,
+    (token, partition, offset): (Token, PartitionId, Option<Offset>),
+    how: Settle,
+) -> bool {
     let behind = match how {
         Settle::Retry { .. } | Settle::Return if subscribed.ordered => {
             subscribed.lanes.pause(lane, partition, offset)

@@ -21,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
 use crate::parking::{Followers, Parking, Waits};
 use crate::partition::PartitionId;
-use crate::service::{BoundRoute, Policy};
+use crate::service::{BoundRoute, Handling, Policy};
 use crate::subscription::Subscription;
 use crate::transport::{Consumer, Delivery, Publisher, Token};
 
@@ -60,6 +60,7 @@ pub(super) struct Counters {
     pub(super) redelivered: AtomicU64,
     pub(super) dead_lettered: AtomicU64,
     pub(super) unknown: AtomicU64,
+    pub(super) expired: AtomicU64,
 }
 
 impl Subscribed {
@@ -134,6 +135,13 @@ impl Subscribed {
         if self.ordered { Sequence::of(envelope) } else { Sequence::Event(envelope.id().clone()) }
     }
 
+    /// Whether the producer said that nobody needs the event any more.
+    pub(super) fn is_expired(&self, envelope: &Envelope) -> bool {
+        let expired = envelope.expiry().is_some_and(|end| end <= std::time::SystemTime::now());
+        self.counters.expired.fetch_add(u64::from(expired), Atomic::Relaxed);
+        expired
+    }
+
     /// Ends every wait of what is in hand.
     pub(super) fn stop(&self) {
         self.stopping.send_replace(true);
@@ -160,6 +168,23 @@ impl Subscribed {
             }
         }
         deliveries
+    }
+
+    /// How many events a call of the batch handler for this one may hold; 1 if there is none.
+    pub(super) fn batch_of(&self, delivery: &Delivery) -> usize {
+        match delivery.content.envelope().and_then(|envelope| self.route(envelope)) {
+            Some(BoundRoute { handling: Handling::Batch { max, .. }, .. }) => max.get(),
+            _ => 1,
+        }
+    }
+
+    /// Whether two deliveries go to the same handler.
+    pub(super) fn go_together(&self, one: &Delivery, other: &Delivery) -> bool {
+        let name = |delivery: &Delivery| {
+            let route = self.route(delivery.content.envelope()?)?;
+            Some(std::ptr::from_ref(route))
+        };
+        name(one) == name(other)
     }
 
     /// Whether a delivery is still ours.
@@ -208,6 +233,7 @@ impl Subscribed {
             redelivered: read(&self.counters.redelivered),
             dead_lettered: read(&self.counters.dead_lettered),
             unknown: read(&self.counters.unknown),
+            expired: read(&self.counters.expired),
             parked,
             held,
             in_flight: self.books.lock().len() as u64,

@@ -314,6 +314,11 @@ impl Place {
                 .is_ok()
     }
 
+    /// Whether deliveries run with caution now.
+    pub(in crate::driver) fn is_wary(&self) -> bool {
+        self.cautious.load(Atomic::Relaxed) > 0
+    }
+
     /// Whether the partition is still ours, as far as the log says.
     pub(in crate::driver) fn is_ours(&self) -> bool {
         !self.leaving.load(Atomic::Acquire) && !self.is_fenced()

@@ -1,6 +1,9 @@
 //! The driver over each transport: order within keys, failures, dead letters, draining.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod batch;
+mod request;
+
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
