@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::driver::Observer;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Message;
@@ -66,6 +67,7 @@ fn unavailable(scheme: &str) -> Error {
 pub struct Bus {
     transport: Arc<dyn Transport>,
     source: Text,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 impl Bus {
@@ -73,7 +75,11 @@ impl Bus {
     pub fn new(transport: impl Transport) -> Self {
         let program = std::env::current_exe().ok();
         let stem = program.as_deref().and_then(|path| path.file_stem()).and_then(|stem| stem.to_str());
-        Self { transport: Arc::new(transport), source: format!("/{}", stem.unwrap_or("eventbus")).into() }
+        Self {
+            transport: Arc::new(transport),
+            source: format!("/{}", stem.unwrap_or("eventbus")).into(),
+            observer: None,
+        }
     }
 
     /// Sets the CloudEvents `source` of what is published through this value.
@@ -81,6 +87,17 @@ impl Bus {
     pub fn with_source(mut self, source: impl Into<Text>) -> Self {
         self.source = source.into();
         self
+    }
+
+    /// Lets an observer see what services on this value do.
+    #[cfg(feature = "testing")]
+    pub(crate) fn with_observer(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    pub(crate) fn observer(&self) -> Option<&Arc<dyn Observer>> {
+        self.observer.as_ref()
     }
 
     /// Returns the CloudEvents `source` of what is published through this value.

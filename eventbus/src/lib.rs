@@ -53,6 +53,8 @@ pub mod partition;
 mod request;
 mod service;
 mod subscription;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod text;
 pub mod time;
 pub mod transport;

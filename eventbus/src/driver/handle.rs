@@ -156,19 +156,14 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
         }
     };
     for ((context, at), outcome) in contexts.into_iter().zip(places).zip(outcomes) {
-        let ended = match outcome.map(|outcome| (outcome.verdict, outcome.outputs)) {
-            Some((Ok(()), outputs)) => outputs::publish(subscribed, route, &context, outputs)
-                .await
-                .map_err(|e| Some(Failure::from(e))),
-            Some((Err(failure), _)) => Err(Some(failure)),
+        let ended = match outcome {
+            Some(outcome) => {
+                conclude(subscribed, route, &context, outcome).await.map_or(Ok(()), |f| Err(Some(f)))
+            }
             None => Err(None),
         };
         settles[at] = match ended {
-            Ok(()) => {
-                subscribed.breaker.succeeded();
-                subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
-                Settle::Ack
-            }
+            Ok(()) => Settle::Ack,
             Err(failure) => {
                 match &failure {
                     Some(failure) if failure.is_of_a_dependency() => {
@@ -480,17 +475,7 @@ async fn run(
             return Ended::Stopped;
         }
         let outcome = run_once(subscribed, route, context).await;
-        let failure = match outcome.verdict {
-            Ok(()) => match outputs::publish(subscribed, route, context, outcome.outputs).await {
-                Ok(()) => {
-                    subscribed.breaker.succeeded();
-                    subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
-                    return Ended::Done;
-                }
-                Err(error) => Failure::from(error),
-            },
-            Err(failure) => failure,
-        };
+        let Some(failure) = conclude(subscribed, route, context, outcome).await else { return Ended::Done };
         if failure.is_of_a_dependency() {
             if subscribed.breaker.failed(pass, identity(&context.envelope)) {
                 if pass == Pass::Probe {
@@ -509,6 +494,29 @@ async fn run(
         runs += 1;
         tokio::time::sleep(subscribed.policy.retry.in_lane_pause.mul_f64(fastrand::f64())).await;
     }
+}
+
+/// Publishes what a run emitted, and books how it ended. Returns why it failed, if it did.
+async fn conclude(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    outcome: Outcome,
+) -> Option<Failure> {
+    let failure = match outcome.verdict {
+        Ok(()) => {
+            outputs::publish(subscribed, route, context, outcome.outputs).await.err().map(Failure::from)
+        }
+        Err(failure) => Some(failure),
+    };
+    if failure.is_none() {
+        subscribed.breaker.succeeded();
+        subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
+    }
+    if let Some(observer) = &subscribed.observer {
+        observer.ran(route.name, context, failure.as_ref());
+    }
+    failure
 }
 
 /// What makes two failing events different ones for the breaker: the key, or the id where there is none.

@@ -12,6 +12,7 @@ mod breaker;
 mod dead_letter;
 mod handle;
 mod lanes;
+mod observer;
 mod outputs;
 mod parked;
 mod run;
@@ -23,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+pub(crate) use self::observer::Observer;
 pub use self::parked::{HeldKey, ParkedKeys};
 pub(crate) use self::subscribed::Subscribed;
 use crate::error::{Error, ErrorKind, Result};
@@ -97,6 +99,9 @@ impl Running {
     }
 
     pub(crate) fn add(&mut self, subscription: Arc<Subscribed>) {
+        if let Some(observer) = &subscription.observer {
+            observer.joined(&subscription);
+        }
         let task = tokio::spawn(run::run(subscription.clone(), self.stop.subscribe(), self.drain_within));
         self.subscriptions.push((subscription, task));
     }

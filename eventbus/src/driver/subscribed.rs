@@ -11,6 +11,7 @@ use tokio::sync::{Notify, watch};
 
 use super::breaker::Breaker;
 use super::lanes::{Lanes, Work};
+use super::observer::Observer;
 use super::parked::Parked;
 use super::parked::record::Sequence;
 use super::{Counts, Health};
@@ -41,6 +42,7 @@ pub(crate) struct Subscribed {
     pub(super) ordered: bool,
     pub(super) lanes: Lanes,
     pub(super) breaker: Breaker,
+    pub(super) observer: Option<Arc<dyn Observer>>,
     /// Where failed events wait.
     pub(super) waits: Waits,
     pub(super) followers: Followers,
@@ -89,6 +91,7 @@ impl Subscribed {
             false => None,
         };
         Ok(Self {
+            observer: bus.observer().cloned(),
             waits,
             followers,
             parked,
@@ -209,6 +212,21 @@ impl Subscribed {
             }
         }
         self.settled.notify_waiters();
+        if let Some(observer) = &self.observer {
+            observer.settled();
+        }
+    }
+
+    /// Parked events that do not wait for an operator.
+    #[cfg(feature = "testing")]
+    pub(crate) fn n_waiting(&self) -> u64 {
+        self.parked.as_ref().map_or(0, Parked::n_waiting)
+    }
+
+    /// Names the subscription.
+    #[cfg(feature = "testing")]
+    pub(crate) fn name(&self) -> String {
+        format!("{} for {}", self.topic, self.group)
     }
 
     pub(crate) fn health(&self) -> Health {

@@ -62,6 +62,7 @@ impl Receipts {
         self.0.push(outcome);
     }
 
+    #[cfg(any(feature = "memory", feature = "sqlite"))]
     pub(crate) fn extend_from(&mut self, outcomes: impl Iterator<Item = Result<Receipt>>) {
         self.0.extend(outcomes);
     }

@@ -256,6 +256,12 @@ impl Parked {
         }
     }
 
+    /// Parked events that do not wait for an operator.
+    #[cfg(feature = "testing")]
+    pub(super) fn n_waiting(&self) -> u64 {
+        self.places.lock().values().map(|place| place.n_waiting() as u64).sum()
+    }
+
     /// Events that are parked, and sequences that wait for an operator.
     pub(super) fn counts(&self) -> (u64, u64) {
         let places = self.places.lock();

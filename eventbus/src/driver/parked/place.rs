@@ -355,6 +355,13 @@ impl Place {
         if self.is_ours() { self.fold.lock().due_at() } else { None }
     }
 
+    /// Parked events that do not wait for an operator.
+    #[cfg(feature = "testing")]
+    pub(super) fn n_waiting(&self) -> usize {
+        let fold = self.fold.lock();
+        fold.n_pending() - fold.all_held().iter().map(|(_, behind)| behind + 1).sum::<usize>()
+    }
+
     /// Events that are parked, and sequences that wait for an operator.
     pub(super) fn counts(&self) -> (usize, usize) {
         let fold = self.fold.lock();
