@@ -46,6 +46,8 @@ pub(crate) struct Policy {
     pub(crate) window: NonZeroUsize,
     pub(crate) retry: Retry,
     pub(crate) parking: Parking,
+    #[cfg(feature = "rate-limit")]
+    pub(crate) per_second: Option<std::num::NonZeroU32>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) drain_within: Duration,
     pub(crate) start: Start,
@@ -60,6 +62,7 @@ pub(crate) struct Policy {
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
 /// | events in one call of a batch handler | 64 | [`on_batch`](Self::on_batch) |
+/// | runs a second, each topic | unbounded | `rate_limit` (feature `rate-limit`) |
 /// | a run of a handler | unbounded | [`timeout`](Self::timeout) |
 /// | draining at the end | 25 s | [`drain_within`](Self::drain_within) |
 ///
@@ -117,6 +120,8 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             window: Subscription::WINDOW,
             retry: Retry::default(),
             parking: Parking::default(),
+            #[cfg(feature = "rate-limit")]
+            per_second: None,
             timeout: None,
             drain_within: Duration::from_secs(25),
             start: Start::Latest,
@@ -202,6 +207,15 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn parking(mut self, parking: Parking) -> Self {
         self.policy.parking = parking;
+        self
+    }
+
+    /// Runs handlers of a topic at most so often a second, evenly; a call of a batch handler counts once.
+    /// What waits for its turn stays with the transport, or in the window.
+    #[cfg(feature = "rate-limit")]
+    #[must_use]
+    pub fn rate_limit(mut self, per_second: std::num::NonZeroU32) -> Self {
+        self.policy.per_second = Some(per_second);
         self
     }
 

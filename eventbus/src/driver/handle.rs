@@ -2,16 +2,21 @@
 
 use std::hash::{Hash, Hasher};
 use std::num::NonZeroU32;
-use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering as Atomic;
 use std::time::{Duration, SystemTime};
 
-use super::breaker::Pass;
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use super::layers::breaker::Pass;
+use super::layers::dead_letter;
+use super::layers::limit::limited;
+use super::layers::trace::{self, Hop};
+use super::outputs;
 use super::parked::planted::{Bug, planted};
 use super::parked::record::{Parked as ParkedEvent, Sequence};
 use super::parked::{Head, Meets, Parked, Place, Waiting};
 use super::subscribed::Subscribed;
-use super::{dead_letter, outputs};
 use crate::envelope::{Envelope, extension};
 use crate::error::{Class, ErrorKind, Result};
 use crate::extract::Context;
@@ -140,11 +145,17 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
         }
     }
     let Some((route, handler)) = batch else { return settles };
+    while let Some(wait) = subscribed.rate.take() {
+        if !subscribed.sleep(wait).await {
+            return settles;
+        }
+    }
     let pass = subscribed.breaker.admit().await;
     if pass == Pass::Stopped {
         return settles;
     }
-    let outcomes: Vec<Option<Outcome>> = match guarded(subscribed, handler.call(&contexts))
+    let started = Instant::now();
+    let outcomes: Vec<Option<Outcome>> = match limited(subscribed.policy.timeout, handler.call(&contexts))
         .await
         .and_then(|ran| ran)
     {
@@ -157,9 +168,9 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
     };
     for ((context, at), outcome) in contexts.into_iter().zip(places).zip(outcomes) {
         let ended = match outcome {
-            Some(outcome) => {
-                conclude(subscribed, route, &context, outcome).await.map_or(Ok(()), |f| Err(Some(f)))
-            }
+            Some(outcome) => conclude(subscribed, route, &context, outcome, Hop::begin(&context), started)
+                .await
+                .map_or(Ok(()), |f| Err(Some(f))),
             None => Err(None),
         };
         settles[at] = match ended {
@@ -468,14 +479,22 @@ async fn run(
 ) -> Ended {
     let mut runs = 1;
     loop {
+        while let Some(wait) = subscribed.rate.take() {
+            if !claim.sleep(subscribed, wait).await {
+                return Ended::Stopped;
+            }
+        }
         let pass = subscribed.breaker.admit().await;
         if pass == Pass::Stopped || !claim.holds(subscribed) {
             // The partition may have moved while this waited: its next owner runs the event.
             subscribed.breaker.undecided(pass);
             return Ended::Stopped;
         }
-        let outcome = run_once(subscribed, route, context).await;
-        let Some(failure) = conclude(subscribed, route, context, outcome).await else { return Ended::Done };
+        let (started, hop) = (Instant::now(), Hop::begin(context));
+        let outcome = run_once(subscribed, route, context, hop).await;
+        let Some(failure) = conclude(subscribed, route, context, outcome, hop, started).await else {
+            return Ended::Done;
+        };
         if failure.is_of_a_dependency() {
             if subscribed.breaker.failed(pass, identity(&context.envelope)) {
                 if pass == Pass::Probe {
@@ -502,13 +521,19 @@ async fn conclude(
     route: &BoundRoute,
     context: &Context,
     outcome: Outcome,
+    hop: Option<Hop>,
+    started: Instant,
 ) -> Option<Failure> {
+    let n_sent = outcome.outputs.len();
     let failure = match outcome.verdict {
         Ok(()) => {
-            outputs::publish(subscribed, route, context, outcome.outputs).await.err().map(Failure::from)
+            let sent = outputs::publish(subscribed, route, context, outcome.outputs, hop).await;
+            sent.err().map(Failure::from)
         }
         Err(failure) => Some(failure),
     };
+    let class = failure.as_ref().map(Failure::class);
+    subscribed.meters.ran(route.name, started.elapsed(), class, if class.is_none() { n_sent } else { 0 });
     if failure.is_none() {
         subscribed.breaker.succeeded();
         subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
@@ -529,30 +554,16 @@ fn identity(envelope: &Envelope) -> u64 {
     hasher.finish()
 }
 
-/// Runs the handler; a panic or an overrun is a failure like any other.
-async fn run_once(subscribed: &Subscribed, route: &BoundRoute, context: &Context) -> Outcome {
-    guarded(subscribed, route.call(context)).await.unwrap_or_else(Failure::into_outcome)
-}
-
-/// Runs what may panic, or take too long.
-async fn guarded<T>(subscribed: &Subscribed, running: impl Future<Output = T>) -> Result<T, Failure> {
-    let mut running = std::pin::pin!(running);
-    let caught = std::future::poll_fn(|task| {
-        match std::panic::catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(task))) {
-            Ok(poll) => poll.map(Ok),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                std::task::Poll::Ready(Err(Failure::panic(text)))
-            }
-        }
-    });
-    match subscribed.policy.timeout {
-        None => caught.await,
-        Some(limit) => tokio::time::timeout(limit, caught)
-            .await
-            .unwrap_or_else(|_| Err(Failure::transient("timeout", format_args!("not done after {limit:?}")))),
-    }
+/// Runs the handler within its bounds.
+async fn run_once(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    hop: Option<Hop>,
+) -> Outcome {
+    let span = trace::span(subscribed, route.name, context, hop);
+    let ran = limited(subscribed.policy.timeout, route.call(context)).instrument(span).await;
+    ran.unwrap_or_else(Failure::into_outcome)
 }
 
 /// Dead-letters a delivery. Only a confirmed letter lets the source be settled: until then it comes again
@@ -576,6 +587,7 @@ async fn bury_until(
         pause = (pause * 2).min(MAX_PAUSE);
     }
     subscribed.counters.dead_lettered.fetch_add(1, Atomic::Relaxed);
+    subscribed.meters.dead_lettered();
     Ok(())
 }
 

@@ -8,10 +8,9 @@
 //! ```
 //! It never settles before the effect, and never after a partition is lost.
 
-mod breaker;
-mod dead_letter;
 mod handle;
 mod lanes;
+mod layers;
 mod observer;
 mod outputs;
 mod parked;

@@ -2,6 +2,7 @@
 
 use std::time::SystemTime;
 
+use super::layers::trace::Hop;
 use super::subscribed::Subscribed;
 use crate::envelope::{Envelope, extension};
 use crate::error::{Error, Result};
@@ -19,6 +20,7 @@ pub(super) async fn publish(
     route: &BoundRoute,
     context: &Context,
     outputs: Vec<Output>,
+    hop: Option<Hop>,
 ) -> Result<()> {
     let mut confirms = Vec::with_capacity(outputs.len());
     for (at, output) in outputs.into_iter().enumerate() {
@@ -38,6 +40,10 @@ pub(super) async fn publish(
             }
         };
         let envelope = complete(subscribed, route, context, output.envelope, output.id, at);
+        let envelope = match hop {
+            Some(hop) => hop.mark(envelope),
+            None => envelope,
+        };
         confirms.push(subscribed.publisher.enqueue(topic, vec![envelope]).await?);
     }
     for confirm in confirms {

@@ -25,6 +25,9 @@ const SETTLE_BATCH: usize = 256;
 const PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
+/// How often gauges are brought up to date.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
 type Settling = mpsc::Sender<(Token, Settle)>;
 
 /// Runs one subscription until it is stopped, then drains it.
@@ -47,6 +50,7 @@ pub(super) async fn run(
         renewing.spawn(renew(subscribed.clone(), every));
     }
     let mut parking = JoinSet::new();
+    parking.spawn(report(subscribed.clone()));
     parking.spawn(heads(subscribed.clone()));
     parking.spawn(keep_parked(subscribed.clone()));
     let ended = intake(&subscribed, &returning, &mut stop).await;
@@ -329,6 +333,14 @@ async fn heads(subscribed: Arc<Subscribed>) {
         loop {
             subscribed.lanes.add_head(parked.next_head().await);
         }
+    }
+}
+
+/// Tells the state that changes without an event.
+async fn report(subscribed: Arc<Subscribed>) {
+    loop {
+        subscribed.meters.state(subscribed.counts().held, subscribed.breaker.is_open());
+        tokio::time::sleep(REPORT_EVERY).await;
     }
 }
 

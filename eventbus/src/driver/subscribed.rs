@@ -9,8 +9,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
-use super::breaker::Breaker;
 use super::lanes::{Lanes, Work};
+use super::layers::breaker::Breaker;
+use super::layers::metrics::Meters;
+use super::layers::rate::Rate;
 use super::observer::Observer;
 use super::parked::Parked;
 use super::parked::record::Sequence;
@@ -42,6 +44,8 @@ pub(crate) struct Subscribed {
     pub(super) ordered: bool,
     pub(super) lanes: Lanes,
     pub(super) breaker: Breaker,
+    pub(super) rate: Rate,
+    pub(super) meters: Meters,
     pub(super) observer: Option<Arc<dyn Observer>>,
     /// Where failed events wait.
     pub(super) waits: Waits,
@@ -90,6 +94,7 @@ impl Subscribed {
             }
             false => None,
         };
+        let meters = Meters::new(&topic, group, routes.iter().map(|route| route.name));
         Ok(Self {
             observer: bus.observer().cloned(),
             waits,
@@ -109,6 +114,8 @@ impl Subscribed {
             topic,
             lanes: Lanes::default(),
             breaker: Breaker::default(),
+            rate: rate(policy),
+            meters,
             books: Mutex::default(),
             settled: Notify::new(),
             counters: Counters::default(),
@@ -201,15 +208,18 @@ impl Subscribed {
             .filter(|delivery| delivery.attempt.is_some_and(|attempt| attempt.get() > 1))
             .count();
         self.counters.redelivered.fetch_add(again as u64, Atomic::Relaxed);
+        self.meters.consumed(deliveries.len());
         self.books.lock().extend(deliveries.iter().map(|delivery| (delivery.token, delivery.partition)));
     }
 
     pub(super) fn strike(&self, tokens: impl Iterator<Item = Token>) {
         {
             let mut books = self.books.lock();
+            let before = books.len();
             for token in tokens {
                 books.remove(&token);
             }
+            self.meters.settled(before - books.len());
         }
         self.settled.notify_waiters();
         if let Some(observer) = &self.observer {
@@ -257,6 +267,16 @@ impl Subscribed {
             in_flight: self.books.lock().len() as u64,
         }
     }
+}
+
+#[cfg(feature = "rate-limit")]
+fn rate(policy: &Policy) -> Rate {
+    Rate::new(policy.per_second)
+}
+
+#[cfg(not(feature = "rate-limit"))]
+fn rate(_: &Policy) -> Rate {
+    Rate::default()
 }
 
 /// Chooses where failed events wait, what followers do, and whether a parking log is kept.

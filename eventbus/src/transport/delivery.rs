@@ -200,4 +200,5 @@ impl Settled {
 }
 
 /// The count of a first delivery.
+#[cfg(any(feature = "memory", feature = "sqlite"))]
 pub(crate) const FIRST: NonZeroU32 = NonZeroU32::MIN;

@@ -13,12 +13,16 @@ mod confirm;
 mod delivery;
 
 #[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod admit;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod assign;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod cursor;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod hand;
 #[cfg(feature = "memory")]
 pub mod memory;

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::parked::planted::{Bug, planted};
+use crate::driver::parked::planted::{Bug, planted};
 
 /// Different keys that fail in a row before the breaker opens.
 const THRESHOLD: usize = 10;
@@ -20,7 +20,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Default)]
-pub(super) struct Breaker {
+pub(in crate::driver) struct Breaker {
     state: Mutex<State>,
     changed: Notify,
 }
@@ -42,7 +42,7 @@ struct Open {
 
 /// Whether a handler may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Pass {
+pub(in crate::driver) enum Pass {
     Go,
     /// The breaker is open: this run decides whether it stays so.
     Probe,
@@ -52,7 +52,7 @@ pub(super) enum Pass {
 
 impl Breaker {
     /// Waits while the breaker is open; lets one probe pass at a time.
-    pub(super) async fn admit(&self) -> Pass {
+    pub(in crate::driver) async fn admit(&self) -> Pass {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
@@ -77,7 +77,7 @@ impl Breaker {
         }
     }
 
-    pub(super) fn succeeded(&self) {
+    pub(in crate::driver) fn succeeded(&self) {
         let mut state = self.state.lock();
         state.failing.clear();
         if state.open.take().is_some() {
@@ -87,7 +87,7 @@ impl Breaker {
     }
 
     /// Notes a transient failure of a key. Returns whether the breaker is open now.
-    pub(super) fn failed(&self, pass: Pass, key: u64) -> bool {
+    pub(in crate::driver) fn failed(&self, pass: Pass, key: u64) -> bool {
         let mut state = self.state.lock();
         if let Some(open) = &mut state.open {
             if pass == Pass::Probe {
@@ -107,7 +107,7 @@ impl Breaker {
     }
 
     /// A probe that ended in something else than success or a transient failure: let the next one pass.
-    pub(super) fn undecided(&self, pass: Pass) {
+    pub(in crate::driver) fn undecided(&self, pass: Pass) {
         let mut state = self.state.lock();
         if let (Pass::Probe, Some(open)) = (pass, &mut state.open) {
             open.probing = false;
@@ -116,12 +116,12 @@ impl Breaker {
         }
     }
 
-    pub(super) fn is_open(&self) -> bool {
+    pub(in crate::driver) fn is_open(&self) -> bool {
         self.state.lock().open.is_some()
     }
 
     /// Sends everybody who waits home.
-    pub(super) fn stop(&self) {
+    pub(in crate::driver) fn stop(&self) {
         self.state.lock().stopped = true;
         self.changed.notify_waiters();
     }

@@ -16,7 +16,7 @@ const UNDECODABLE: &str = "evt.undecodable";
 
 /// Turns a delivery into its dead letter. Attributes and body stay as they are; bytes that are no
 /// event become the body of one.
-pub(super) fn letter(
+pub(in crate::driver) fn letter(
     delivery: &Delivery,
     topic: &Topic,
     group: &Group,
