@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use eventbus::conformance::Subject;
+use eventbus::conformance::{Power, Subject};
 use eventbus::transport::memory::{Memory, Options};
 use eventbus::transport::sqlite::{self, Sqlite};
 use eventbus::{Content, PartitionId, Transport, Undecodable};
 use eventbus::{Error, ErrorKind};
 use parking_lot::Mutex;
 
+use crate::disk::Disk;
 use crate::folder::Folder;
+use crate::mutant::store::{Fault, Faulty};
 
 /// Events a topic of the memory subject holds before publishing waits.
 const BOUND: usize = 6_000;
@@ -51,10 +53,22 @@ pub fn memory(strong: Strength) -> Subject {
 ///
 /// `child` is the program that plays a role in another process: `CARGO_BIN_EXE_child`, with what breaks it.
 pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Subject {
+    sqlite_with(partitions, child, broken, Fault::None)
+}
+
+/// The same, with a fault below or beside it.
+pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, fault: Fault) -> Subject {
     let folder = Arc::new(tempfile::tempdir());
     let path =
         folder.as_ref().as_ref().map_or_else(|_| PathBuf::new(), |folder| folder.path().join("bus.db"));
     let opened: Arc<Mutex<Vec<Sqlite>>> = Arc::default();
+    let disk = Disk::below(path.parent().unwrap_or(&path));
+    if fault == Fault::DiskLies {
+        disk.lie();
+    }
+    // Crash images live as long as the subject.
+    let images: Arc<Mutex<Vec<tempfile::TempDir>>> = Arc::default();
+    let (slow, damaged) = (disk.clone(), path.clone());
     let (raw_path, child_path, filled, restarted) =
         (path.clone(), path.clone(), opened.clone(), opened.clone());
     Subject::new("sqlite", move || {
@@ -66,7 +80,12 @@ pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Sub
             let sqlite = Sqlite::open_path(&path, options).await?;
             opened.lock().push(sqlite.clone());
             drop(folder);
-            Ok(Arc::new(sqlite) as Arc<dyn Transport>)
+            Ok(match fault {
+                Fault::TrustsSecondSync | Fault::SkipsCorruption => {
+                    Arc::new(Faulty { sqlite, path, options, fault }) as Arc<dyn Transport>
+                }
+                Fault::None | Fault::DiskLies => Arc::new(sqlite),
+            })
         }
     })
     .with_raw(move |topic, content| {
@@ -78,6 +97,30 @@ pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Sub
         command.arg(&child_path).arg(broken).args(arguments);
         command
     })
+    .with_power(Power::new(
+        move |seed| {
+            let (disk, images) = (disk.clone(), images.clone());
+            async move {
+                let failed = |error| Error::new(ErrorKind::Unexpected, "a crash image").caused_by(error);
+                let image = tempfile::tempdir().map_err(failed)?;
+                disk.power_cut(image.path(), seed).map_err(failed)?;
+                let mut options = sqlite::Options::default();
+                options.partitions = partitions;
+                options.session = Duration::from_secs(2);
+                let sqlite = Sqlite::open_path(image.path().join("bus.db"), options).await?;
+                images.lock().push(image);
+                Ok(Arc::new(sqlite) as Arc<dyn Transport>)
+            }
+        },
+        move |on| {
+            slow.fail_syncs(on);
+            async { Ok(()) }
+        },
+        move |seed| {
+            let damaged = damage(&damaged, seed);
+            async move { damaged.map_err(|error| Error::new(ErrorKind::Unexpected, "damage").caused_by(error)) }
+        },
+    ))
     .with_fill(move |on| {
         let opened = filled.lock().clone();
         async move { opened.iter().try_for_each(|sqlite| sqlite.set_max_file_bytes(on.then_some(1))) }
@@ -91,6 +134,24 @@ pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Sub
             Ok(())
         }
     })
+}
+
+/// Flips one bit in the body of a stored event, wherever the file holds a copy of it.
+fn damage(path: &Path, seed: u64) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let file = rusqlite::Connection::open(path)?;
+    let bodies: Vec<Vec<u8>> = file
+        .prepare("SELECT payload FROM eventbus_event WHERE length(payload) > 8")?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<_, _>>()?;
+    file.close().map_err(|(_, error)| error)?;
+    let body = random.choice(&bodies).ok_or("no event to damage")?;
+    let (at, bit) = (random.usize(..body.len()), random.u8(..8));
+    let mut bytes = std::fs::read(path)?;
+    let places: Vec<usize> =
+        bytes.windows(body.len()).enumerate().filter(|(_, part)| part == body).map(|(at, _)| at).collect();
+    places.iter().for_each(|place| bytes[place + at] ^= 1 << bit);
+    Ok(std::fs::write(path, bytes)?)
 }
 
 /// The third party's transport, in a folder of its own.

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use super::check::Violation;
 use super::cx::Cx;
-use super::{durability, groups, kill, order, publish, replay, settle, surface};
+use super::{durability, groups, kill, order, power, publish, replay, settle, surface};
 
 /// What a subject must let the suite do for a case to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -129,7 +129,10 @@ macro_rules! __conformance_list {
             D3 consumer_resumes_after_restart [Restart]
             D4 killed_consumer_loses_nothing [Kill]
             D6 full_store_refuses_before_ack [Fill]
+            D8 power_loss_keeps_confirmed [Power]
+            D9 failed_sync_poisons [Power Restart]
             D10 second_owner_is_refused_or_shares []
+            D12 corruption_is_loud [Power Restart]
             A1 lag_counts_down []
             A2 capabilities_are_constant []
             A3 secrets_never_print []
@@ -163,6 +166,7 @@ mod __case_modules {
     pub(super) use super::groups::*;
     pub(super) use super::kill::*;
     pub(super) use super::order::*;
+    pub(super) use super::power::*;
     pub(super) use super::publish::*;
     pub(super) use super::replay::*;
     pub(super) use super::settle::*;

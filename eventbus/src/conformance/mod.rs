@@ -32,6 +32,7 @@ mod durability;
 mod groups;
 mod kill;
 mod order;
+mod power;
 mod publish;
 mod replay;
 mod settle;
@@ -42,7 +43,7 @@ pub use self::check::{Outcome, Violation};
 pub use self::cx::Cx;
 pub use self::kill::child;
 pub use self::report::{Line, Report};
-pub use self::subject::{Settings, Size, Subject};
+pub use self::subject::{Power, Settings, Size, Subject};
 
 /// A case is over after so many idle times, or it hangs.
 const LIMIT: u32 = 20;

@@ -16,6 +16,8 @@ type Future_<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Connect = Arc<dyn Fn() -> Future_<Result<Arc<dyn Transport>>> + Send + Sync>;
 type Raw = Arc<dyn Fn(Topic, Undecodable) -> Future_<Result<()>> + Send + Sync>;
 type Switch = Arc<dyn Fn(bool) -> Future_<Result<()>> + Send + Sync>;
+type PowerCut = Arc<dyn Fn(u64) -> Future_<Result<Arc<dyn Transport>>> + Send + Sync>;
+type Damage = Arc<dyn Fn(u64) -> Future_<Result<()>> + Send + Sync>;
 type Child = Arc<dyn Fn(&[&str]) -> std::process::Command + Send + Sync>;
 type Restart = Arc<dyn Fn() -> Future_<Result<()>> + Send + Sync>;
 
@@ -71,7 +73,37 @@ pub struct Subject {
     fill: Option<Switch>,
     restart: Option<Restart>,
     child: Option<Child>,
+    power: Option<Power>,
     settings: Settings,
+}
+
+/// What a disk can do to a store, for [`Hook::Power`].
+#[derive(Clone)]
+pub struct Power {
+    cut: PowerCut,
+    fail_syncs: Switch,
+    damage: Damage,
+}
+
+impl Power {
+    /// `cut` opens the store as it could be found if the power went now, apart from the one that goes on; the
+    /// number chooses what of the unsynced writes arrived. `fail_syncs` switches. `damage` changes a byte of a
+    /// stored event, while nothing is open; the number chooses which.
+    pub fn new<C, CF, S, SF, D, DF>(cut: C, fail_syncs: S, damage: D) -> Self
+    where
+        C: Fn(u64) -> CF + Send + Sync + 'static,
+        CF: Future<Output = Result<Arc<dyn Transport>>> + Send + 'static,
+        S: Fn(bool) -> SF + Send + Sync + 'static,
+        SF: Future<Output = Result<()>> + Send + 'static,
+        D: Fn(u64) -> DF + Send + Sync + 'static,
+        DF: Future<Output = Result<()>> + Send + 'static,
+    {
+        Self {
+            cut: Arc::new(move |seed| Box::pin(cut(seed))),
+            fail_syncs: Arc::new(move |on| Box::pin(fail_syncs(on))),
+            damage: Arc::new(move |seed| Box::pin(damage(seed))),
+        }
+    }
 }
 
 impl Subject {
@@ -90,6 +122,7 @@ impl Subject {
             fill: None,
             restart: None,
             child: None,
+            power: None,
             settings: Settings::default(),
         }
     }
@@ -163,6 +196,13 @@ impl Subject {
         self
     }
 
+    /// Offers [`Hook::Power`].
+    #[must_use]
+    pub fn with_power(mut self, power: Power) -> Self {
+        self.power = Some(power);
+        self
+    }
+
     /// Returns the name.
     pub fn name(&self) -> &'static str {
         self.name
@@ -182,7 +222,8 @@ impl Subject {
             Hook::Fill => self.fill.is_some(),
             Hook::Restart => self.restart.is_some(),
             Hook::Kill => self.child.is_some(),
-            Hook::Power | Hook::Clock => false,
+            Hook::Power => self.power.is_some(),
+            Hook::Clock => false,
         }
     }
 
@@ -211,6 +252,24 @@ impl Subject {
 
     pub(super) async fn fill(&self, on: bool) -> Result<()> {
         switch(&self.fill, on).await
+    }
+
+    pub(super) async fn power_cut(&self, seed: u64) -> Result<Arc<dyn Transport>> {
+        match &self.power {
+            Some(power) => (power.cut)(seed).await,
+            None => self.connect().await,
+        }
+    }
+
+    pub(super) async fn fail_syncs(&self, on: bool) -> Result<()> {
+        switch(&self.power.as_ref().map(|power| power.fail_syncs.clone()), on).await
+    }
+
+    pub(super) async fn damage(&self, seed: u64) -> Result<()> {
+        match &self.power {
+            Some(power) => (power.damage)(seed).await,
+            None => Ok(()),
+        }
     }
 
     pub(super) async fn restart(&self) -> Result<()> {

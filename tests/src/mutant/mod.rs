@@ -3,6 +3,7 @@
 mod admin;
 mod consumer;
 mod publisher;
+pub mod store;
 mod transport;
 
 use std::collections::HashSet;
@@ -131,6 +132,13 @@ mutants! {
 /// Cases that no running transport can fail: the compiler decides them, as
 /// `tests/ui/not_sendable.rs` proves.
 pub const DECIDED_BY_THE_COMPILER: &[&str] = &["A5"];
+
+/// Stores with a fault, and the case that must find it.
+pub const FAULTY_STORES: &[(store::Fault, &str)] = &[
+    (store::Fault::DiskLies, "D8"),
+    (store::Fault::TrustsSecondSync, "D9"),
+    (store::Fault::SkipsCorruption, "D12"),
+];
 
 /// Defects of the child program `tests/src/bin/child.rs`, with the case that catches each.
 pub const BROKEN_CHILDREN: &[(&str, &str)] = &[("confirms_before_storing", "D1"), ("acks_on_delivery", "D4")];

@@ -7,7 +7,7 @@ use rusqlite::{CachedStatement, Connection, Row, params};
 use super::clock;
 use super::schema::{from_sqlite, offset_of, position};
 use crate::envelope::Envelope;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Key;
@@ -15,7 +15,7 @@ use crate::text::Text;
 use crate::transport::{Content, Undecodable};
 
 /// The columns in the order [`stored`] reads them.
-const COLUMNS: &str = "position, stored_at, id, source, type, version, subject, time, content_type, schema, key, extensions, headers, payload";
+const COLUMNS: &str = "position, stored_at, id, source, type, version, subject, time, content_type, schema, key, extensions, headers, payload, checksum";
 
 /// An event with its place.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(super) struct StoredRow {
 pub(super) fn insert(connection: &Connection) -> Result<CachedStatement<'_>> {
     connection
         .prepare_cached(
-            "INSERT INTO eventbus_event VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14)",
+            "INSERT INTO eventbus_event VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
         )
         .map_err(from_sqlite)
 }
@@ -49,6 +49,7 @@ pub(super) fn put(
     };
     let block = |headers: &Headers| (!headers.is_empty()).then(|| headers.as_block().clone());
     let (extensions, headers) = (block(event.extensions()), block(event.headers()));
+    let checksum = checksum(at, event);
     statement
         .execute(params![
             at,
@@ -65,9 +66,37 @@ pub(super) fn put(
             extensions.as_deref(),
             headers.as_deref(),
             event.payload().map(|payload| payload.as_ref()),
+            checksum,
         ])
         .map(drop)
         .map_err(from_sqlite)
+}
+
+/// The sum over an event and its place, by which a byte that changed on the disk is noticed (CRC-32, IEEE).
+fn checksum(at: i64, event: &Envelope) -> u32 {
+    let mut sum = crc32fast::Hasher::new();
+    // Lengths are part of it, so that nothing moves from one field to the next unnoticed.
+    let mut field = |bytes: Option<&[u8]>| {
+        sum.update(&bytes.map_or(u32::MAX, |bytes| bytes.len() as u32).to_le_bytes());
+        sum.update(bytes.unwrap_or_default());
+    };
+    field(Some(&at.to_le_bytes()));
+    match event.id().as_uuid() {
+        Some(uuid) => field(Some(uuid.as_bytes())),
+        None => field(Some(event.id().to_string().as_bytes())),
+    }
+    field(Some(event.source().as_bytes()));
+    field(Some(event.event_type().as_bytes()));
+    field(event.version().map(u32::to_le_bytes).as_ref().map(<[u8; 4]>::as_slice));
+    field(event.subject().map(str::as_bytes));
+    field(event.time().map(|time| clock::to_nanos(time).to_le_bytes()).as_ref().map(<[u8; 8]>::as_slice));
+    field(event.content_type().map(str::as_bytes));
+    field(event.schema().map(str::as_bytes));
+    field(event.key().map(Key::as_bytes));
+    field(Some(event.extensions().as_block()));
+    field(Some(event.headers().as_block()));
+    field(event.payload().map(|payload| payload.as_ref()));
+    sum.finalize()
 }
 
 /// Reads up to `max` events of a partition from an offset, until `max_bytes` are reached; at least one.
@@ -87,9 +116,23 @@ pub(super) fn read(
     let bounds = params![position(topic, partition, from), position(topic, partition, to), max as i64];
     let (mut texts, mut found, mut n_bytes) = (Texts::default(), Vec::new(), 0);
     let mut rows = statement.query(bounds).map_err(from_sqlite)?;
+    let missing = |offset: u64| {
+        Error::new(ErrorKind::Corrupt, "the store is damaged: events are missing between others")
+            .with("partition", partition)
+            .with("offset", offset)
+    };
     while n_bytes < max_bytes.max(1) {
-        let Some(row) = rows.next().map_err(from_sqlite)? else { break };
+        let expected = from + found.len() as u64;
+        let Some(row) = rows.next().map_err(from_sqlite)? else {
+            if found.len() < max && expected < to {
+                return Err(missing(expected));
+            }
+            break;
+        };
         let row = stored(row, &mut texts).map_err(from_sqlite)?;
+        if row.offset != expected {
+            return Err(missing(expected));
+        }
         n_bytes += row.content.size_bytes();
         found.push(row);
     }
@@ -115,7 +158,13 @@ impl Texts {
 
 fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<StoredRow> {
     let place: i64 = row.get(0)?;
-    let content = match envelope(row, texts) {
+    let whole = |envelope: Envelope| match row.get::<_, Option<u32>>(14) {
+        Ok(Some(sum)) if sum == checksum(place, &envelope) => Ok(envelope),
+        Ok(Some(_)) | Err(_) => Err("the stored bytes changed: their checksum does not fit".to_owned()),
+        // Written past us, as a test or a repair does.
+        Ok(None) => Ok(envelope),
+    };
+    let content = match envelope(row, texts).and_then(whole) {
         Ok(envelope) => Content::Envelope(envelope),
         Err(reason) => {
             let headers = bytes(row, 12).ok().flatten().and_then(|block| Headers::from_block(block).ok());

@@ -45,7 +45,7 @@ CREATE TABLE eventbus_partition (
   last_stored INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (topic, partition)) STRICT, WITHOUT ROWID;
 CREATE TABLE eventbus_event (
   position INTEGER PRIMARY KEY, stored_at INTEGER NOT NULL, id ANY, source TEXT, type TEXT, version INTEGER, subject TEXT,
-  time INTEGER, content_type TEXT, schema TEXT, key BLOB, extensions BLOB, headers BLOB, payload BLOB) STRICT;
+  time INTEGER, content_type TEXT, schema TEXT, key BLOB, extensions BLOB, headers BLOB, payload BLOB, checksum INTEGER) STRICT;
 CREATE TABLE eventbus_group (
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, topic INTEGER NOT NULL, ephemeral INTEGER NOT NULL,
   generation INTEGER NOT NULL DEFAULT 0, UNIQUE (topic, name)) STRICT;

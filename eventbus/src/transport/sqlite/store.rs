@@ -60,6 +60,7 @@ impl Store {
             counters: counters.clone(),
             max_bytes: options.max_file_bytes,
             max_pages: None,
+            poisoned: false,
         };
         let store = Arc::new(Self {
             path: path.to_owned(),

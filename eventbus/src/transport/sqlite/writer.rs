@@ -76,6 +76,8 @@ pub(super) struct Writer {
     pub(super) counters: Arc<Counters>,
     pub(super) max_bytes: Option<u64>,
     pub(super) max_pages: Option<u64>,
+    /// A sync failed: what the disk dropped with it nobody knows, so nothing is accepted before a reopen.
+    pub(super) poisoned: bool,
 }
 
 impl Writer {
@@ -136,6 +138,12 @@ impl Writer {
     /// Runs one transaction and answers every job. Returns how long the commit took.
     fn commit(&mut self, jobs: Vec<Box<dyn Job>>) -> Duration {
         self.counters.jobs.fetch_add(jobs.len() as u64, Atomic::Relaxed);
+        if self.poisoned {
+            let error =
+                Error::new(ErrorKind::Unavailable, "a sync of this file failed: close it and open it again")
+                    .with("file", self.path.display());
+            return answer(jobs, || Err(error.duplicate()));
+        }
         let max_pages = self.max_pages;
         let connection = match self.connection() {
             Ok(connection) => connection,
@@ -186,12 +194,15 @@ impl Writer {
     /// Commits; an error says what the jobs' outcome is.
     fn end_transaction(&mut self) -> Option<Error> {
         let connection = self.connection.as_ref()?;
-        let error = match connection.execute_batch("COMMIT") {
+        let (error, of_disk) = match connection.execute_batch("COMMIT") {
             Ok(()) => {
                 self.counters.commits.fetch_add(1, Atomic::Relaxed);
                 return None;
             }
-            Err(error) => from_sqlite(error),
+            Err(error) => {
+                let of_disk = error.sqlite_error_code() == Some(rusqlite::ErrorCode::SystemIoFailure);
+                (from_sqlite(error), of_disk)
+            }
         };
         let undone = connection.execute_batch("ROLLBACK").is_ok() && connection.is_autocommit();
         if undone && matches!(error.kind(), ErrorKind::Full) {
@@ -200,6 +211,7 @@ impl Writer {
         // A failed sync may have written what it says it did not (fsyncgate): the handle is not
         // trusted any more, and nobody is told more than is known.
         self.connection = None;
+        self.poisoned = of_disk;
         Some(
             Error::new(ErrorKind::Unknown, "the commit failed in the file system: it may have happened")
                 .caused_by(error),
