@@ -25,6 +25,8 @@ const SECTOR: usize = 512;
 #[derive(Debug, Default)]
 pub struct Disk {
     files: Mutex<HashMap<PathBuf, Tracked>>,
+    /// Only times are kept, not contents: there are no crash images.
+    forgets: AtomicBool,
     fails: AtomicBool,
     lies: AtomicBool,
     sync_micros: AtomicU64,
@@ -125,6 +127,12 @@ impl Disk {
         self.lies.store(true, Ordering::SeqCst);
     }
 
+    /// Keeps no contents from now on: for measuring, where copies would be a cost of their own.
+    pub fn forget(&self) {
+        self.forgets.store(true, Ordering::SeqCst);
+        self.files.lock().clear();
+    }
+
     /// Lets every sync take this long at least.
     pub fn slow_syncs(&self, time: Duration) {
         self.sync_micros.store(time.as_micros() as u64, Ordering::SeqCst);
@@ -151,7 +159,11 @@ impl Disk {
         Ok(())
     }
 
-    fn write(&self, path: &Path, write: Write) {
+    fn write(&self, path: &Path, write: impl FnOnce() -> Write) {
+        if self.forgets.load(Ordering::Relaxed) {
+            return;
+        }
+        let write = write();
         self.files.lock().entry(path.to_owned()).or_default().writes.push(write);
     }
 
@@ -164,7 +176,7 @@ impl Disk {
         if self.fails.load(Ordering::SeqCst) {
             return false;
         }
-        if self.lies.load(Ordering::SeqCst) {
+        if self.lies.load(Ordering::SeqCst) || self.forgets.load(Ordering::SeqCst) {
             return true;
         }
         let mut files = self.files.lock();
@@ -232,14 +244,14 @@ unsafe extern "C" fn write(
     if let Some((disk, path)) = tracked(file) {
         // SAFETY: SQLite hands `n` bytes.
         let data = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), n as usize) };
-        disk.write(path, Write::At(at as usize, data.to_vec()));
+        disk.write(path, || Write::At(at as usize, data.to_vec()));
     }
     forward!(file, xWrite, from, n, at)
 }
 
 unsafe extern "C" fn truncate(file: *mut sqlite3_file, len: sqlite3_int64) -> c_int {
     if let Some((disk, path)) = tracked(file) {
-        disk.write(path, Write::Truncate(len as usize));
+        disk.write(path, || Write::Truncate(len as usize));
     }
     forward!(file, xTruncate, len)
 }

@@ -1,6 +1,8 @@
 //! Paired runs: the raw thing and ours in one process, in the order A B B A, so that what the machine
 //! does to one it does to the other. The figure is the median of the pairs' ratios, with its range.
 
+mod times;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,10 +12,12 @@ use eventbus::transport::memory::{Memory, Options};
 use eventbus::transport::sqlite::{self, Sqlite};
 use eventbus::{
     Admin, Bus, Envelope, Event, Group, Meta, Offset, PartitionId, Polled, Service, Settle, State,
-    Subscription, Topic, TopicSpec, Transport, Typed,
+    Subscription, Topic, TopicSpec, Transport, Typed, Waits,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, broadcast, mpsc};
+
+use self::times::{healthy_keys, injected_sync, memory_bus, sqlite_bus, stalled, trickle};
 
 type Anyhow<T> = Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -416,6 +420,13 @@ async fn group_commit() -> Anyhow<()> {
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Anyhow<()> {
+    // First, in a process that has not used memory yet.
+    println!("| path | bar | measured | |\n|---|---|---|---|");
+    stalled().await?;
+    println!();
+    if std::env::args().any(|argument| argument == "sync") {
+        return injected_sync().await;
+    }
     let events: Vec<Envelope> = (0..200_000).map(event).collect();
     let n = events.len();
     println!("| path | bar | ratio to raw, median [min..max] | raw | ours | |\n|---|---|---|---|---|---|");
@@ -454,5 +465,23 @@ async fn main() -> Anyhow<()> {
     let raw = || std::future::ready(raw_scan(&path));
     pair("SQLite replay to typed events", 0.70, some.len(), raw, || sqlite_replay(&sqlite, &topic)).await?;
     sqlite.close().await?;
-    group_commit().await
+    for (name, waits) in [("handed back", Waits::Transport), ("in the parking log", Waits::Log)] {
+        let run = async |failing| healthy_keys(memory_bus(), &some, waits, failing).await;
+        let name = format!("memory, 1 % of keys failing ({name}), rate of the others");
+        pair(&name, 0.95, some.len(), || run(false), || run(true)).await?;
+    }
+    for (name, waits) in [("handed back", Waits::Transport), ("in the parking log", Waits::Log)] {
+        let run = async |failing| {
+            let (_folder, bus) = sqlite_bus().await?;
+            healthy_keys(bus, &some, waits, failing).await
+        };
+        let name = format!("SQLite, 1 % of keys failing ({name}), rate of the others");
+        pair(&name, 0.95, some.len(), || run(false), || run(true)).await?;
+    }
+    group_commit().await?;
+    injected_sync().await?;
+    println!("\n| path | bar | measured | |\n|---|---|---|---|");
+    trickle("memory", memory_bus()).await?;
+    let (_folder, bus) = sqlite_bus().await?;
+    trickle("SQLite", bus).await
 }
