@@ -35,6 +35,9 @@ pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
         "read",
         topics.as_ref().map(|topics| format!("{} topics", topics.len())).map_err(ToString::to_string),
     );
+    for (name, outcome) in session.file().map(|file| file_checks(&file)).unwrap_or_default() {
+        check(name, outcome);
+    }
     let letters: u64 = topics
         .unwrap_or_default()
         .iter()
@@ -43,7 +46,9 @@ pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
         .map(|part| part.next.0 - part.first.0)
         .sum();
     check("dead letters", Ok(letters.to_string()));
-    let lag: u64 = admin.groups(None).await?.iter().map(|group| group.lag).sum();
+    let groups = admin.groups(None).await?;
+    let lag: u64 =
+        groups.iter().filter(|group| !crate::inspect::is_internal(&group.topic)).map(|group| group.lag).sum();
     check("lag of all groups", Ok(lag.to_string()));
     if session.may_write().is_ok() {
         check(
@@ -53,6 +58,34 @@ pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
     }
     out.rows(rows)?;
     if failed.is_empty() { Ok(()) } else { Err(Failure::Check(format!("failed: {}", failed.join(", ")))) }
+}
+
+#[cfg(not(feature = "sqlite"))]
+fn file_checks(_: &std::path::Path) -> Vec<(&'static str, Result<String, String>)> {
+    Vec::new()
+}
+
+/// What can be said of the embedded file without the bus.
+#[cfg(feature = "sqlite")]
+fn file_checks(path: &std::path::Path) -> Vec<(&'static str, Result<String, String>)> {
+    let text = |error: rusqlite::Error| error.to_string();
+    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
+    let file = match rusqlite::Connection::open_with_flags(path, flags) {
+        Ok(file) => file,
+        Err(error) => return vec![("file", Err(error.to_string()))],
+    };
+    let ask = |sql: &str| file.query_row(sql, [], |row| row.get::<_, String>(0)).map_err(text);
+    let is = |found: String, wanted: &str| if found == wanted { Ok(found) } else { Err(found) };
+    let library = if rusqlite::version_number() >= 3_051_003 {
+        Ok(rusqlite::version().to_owned())
+    } else {
+        Err(format!("{}: its write-ahead log can corrupt the file before 3.51.3", rusqlite::version()))
+    };
+    vec![
+        ("integrity", ask("PRAGMA quick_check(1)").and_then(|found| is(found, "ok"))),
+        ("journal mode", ask("PRAGMA journal_mode").and_then(|found| is(found, "wal"))),
+        ("library", library),
+    ]
 }
 
 /// One event all the way round.

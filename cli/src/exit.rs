@@ -24,6 +24,8 @@ pub(crate) enum Failure {
     Check(String),
     /// 8: it took too long.
     Timeout(String),
+    /// 1 or 2: what a monitor's plugin answers; everything was said.
+    Plugin(u8),
     /// 130: interrupted.
     Interrupted,
     /// 0: the reader of our output has gone.
@@ -46,6 +48,7 @@ impl Failure {
             Self::Connect(_) => 6,
             Self::Check(_) => 7,
             Self::Timeout(_) => 8,
+            Self::Plugin(code) => *code,
             Self::Interrupted => 130,
         })
     }
@@ -63,7 +66,7 @@ impl fmt::Display for Failure {
             | Self::Check(text)
             | Self::Timeout(text) => f.write_str(text),
             Self::Interrupted => f.write_str("interrupted"),
-            Self::ClosedPipe => Ok(()),
+            Self::ClosedPipe | Self::Plugin(_) => Ok(()),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use eventbus::admin::GroupInfo;
 use eventbus::{Group, Offset, PartitionId, Topic};
 
@@ -30,14 +30,22 @@ pub(crate) struct Inspect {
 #[derive(Debug, Subcommand)]
 enum What {
     /// All topics.
-    Topics,
+    Topics {
+        /// With the framework's own: parking logs, inboxes, notes of tools.
+        #[arg(long)]
+        internal: bool,
+    },
     /// One topic, by partition.
     Topic {
         /// Its name.
         topic: Topic,
     },
     /// All groups, by topic.
-    Groups,
+    Groups {
+        /// With the marks of parking logs.
+        #[arg(long)]
+        internal: bool,
+    },
     /// One group, by topic and partition.
     Group {
         /// Its name.
@@ -47,12 +55,18 @@ enum What {
     Lag {
         /// Only this group.
         group: Option<Group>,
+        /// A lag above is a warning.
+        #[arg(long, value_name = "N")]
+        warn: Option<u64>,
         /// A lag above is a breach.
         #[arg(long, value_name = "N")]
         crit: Option<u64>,
         /// An unsettled event older than this is a breach.
         #[arg(long, value_name = "DURATION", value_parser = range::duration)]
         max_age: Option<Duration>,
+        /// For whom: people and scripts, or a monitor.
+        #[arg(long, value_enum, default_value = "text")]
+        format: LagFormat,
     },
     /// One record.
     Message {
@@ -114,8 +128,10 @@ fn by_topic(groups: Vec<GroupInfo>) -> BTreeMap<(String, String), (u64, usize, u
 pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> Outcome {
     let admin = session.admin()?;
     match &inspect.what {
-        What::Topics => {
-            let rows = admin.topics().await?.into_iter().map(|info| {
+        What::Topics { internal } => {
+            let shown =
+                admin.topics().await?.into_iter().filter(|info| *internal || !is_internal(&info.topic));
+            let rows = shown.map(|info| {
                 let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
                 let ever: u64 = info.partitions.iter().map(|part| part.next.0).sum();
                 row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept, "ever": ever}
@@ -133,8 +149,10 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
             });
             out.rows(rows.collect())
         }
-        What::Groups => {
-            let rows = by_topic(admin.groups(None).await?).into_iter().map(|((group, topic), (lag, partitions, owned))| {
+        What::Groups { internal } => {
+            let mut groups = admin.groups(None).await?;
+            groups.retain(|info| *internal || !is_internal(&info.topic));
+            let rows = by_topic(groups).into_iter().map(|((group, topic), (lag, partitions, owned))| {
                 row! {"group": group, "topic": topic, "partitions": partitions, "owned": owned, "lag": lag}
             });
             out.rows(rows.collect())
@@ -151,7 +169,10 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
             });
             out.rows(rows.collect())
         }
-        What::Lag { group, crit, max_age } => lag(session, out, group.as_ref(), *crit, *max_age).await,
+        What::Lag { group, warn, crit, max_age, format } => {
+            let bounds = Bounds { warn: *warn, crit: *crit, max_age: *max_age };
+            lag(session, out, group.as_ref(), &bounds, *format).await
+        }
         What::Message { reference } => {
             let (topic, record) = record_at(session, reference).await?;
             let json = record::to_json(&session.broker, &topic, &record, None);
@@ -165,16 +186,40 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
     }
 }
 
+/// Topics that are the framework's own: parking logs, inboxes, what tools note.
+pub(crate) fn is_internal(topic: &Topic) -> bool {
+    let name = topic.as_str();
+    name.ends_with(".parked") || name.starts_with("replies.") || name.starts_with("_evt.")
+}
+
+/// For whom the lag is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LagFormat {
+    /// Rows in the form of --output.
+    Text,
+    /// The text exposition format of Prometheus.
+    Prometheus,
+    /// One line and exit code 0, 1 or 2, as Nagios plugins answer.
+    Nagios,
+}
+
+struct Bounds {
+    warn: Option<u64>,
+    crit: Option<u64>,
+    max_age: Option<Duration>,
+}
+
 async fn lag(
     session: &Session,
     out: &mut Out,
     group: Option<&Group>,
-    crit: Option<u64>,
-    max_age: Option<Duration>,
+    bounds: &Bounds,
+    format: LagFormat,
 ) -> Outcome {
     let admin = session.admin()?;
     let mut groups = admin.groups(None).await?;
-    groups.retain(|info| group.is_none_or(|group| info.group == *group));
+    // The position in a parking log is a mark, and what is above it is not behind.
+    groups.retain(|info| !is_internal(&info.topic) && group.is_none_or(|group| info.group == *group));
     if let (Some(group), true) = (group, groups.is_empty()) {
         return Err(Failure::NotFound(format!("there is no group {group}")));
     }
@@ -187,18 +232,45 @@ async fn lag(
             *known = age.max(*known);
         }
     }
-    let mut breaches = Vec::new();
-    let rows = by_topic(groups).into_iter().map(|(names, (lag, ..))| {
+    let (mut breaches, mut warnings, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+    for (names, (lag, ..)) in by_topic(groups) {
         let age = oldest.get(&names).copied();
-        let breached = crit.is_some_and(|crit| lag > crit) || max_age.is_some_and(|max| age.is_some_and(|age| age > max));
         let (group, topic) = names;
-        if breached {
+        let late = bounds.max_age.is_some_and(|max| age.is_some_and(|age| age > max));
+        let state = if bounds.crit.is_some_and(|crit| lag > crit) || late {
             breaches.push(format!("{group} on {topic}: {lag}"));
+            "BREACH"
+        } else if bounds.warn.is_some_and(|warn| lag > warn) {
+            warnings.push(format!("{group} on {topic}: {lag}"));
+            "warning"
+        } else {
+            "ok"
+        };
+        if format == LagFormat::Prometheus {
+            let labels =
+                format!("messaging_consumer_group_name={group:?},messaging_destination_name={topic:?}");
+            out.line(format_args!("evt_consumer_lag{{{labels}}} {lag}"))?;
         }
         let age = age.map(|age| format!("{:.1}s", age.as_secs_f64()));
-        row! {"group": group, "topic": topic, "lag": lag, "oldest": age, "state": if breached { "BREACH" } else { "ok" }}
-    });
-    out.rows(rows.collect())?;
+        rows.push(row! {"group": group, "topic": topic, "lag": lag, "oldest": age, "state": state});
+    }
+    match format {
+        LagFormat::Text => out.rows(rows)?,
+        LagFormat::Prometheus => {}
+        LagFormat::Nagios => {
+            let (word, code, which) = match (breaches.is_empty(), warnings.is_empty()) {
+                (true, true) => ("OK", 0, Vec::new()),
+                (true, false) => ("WARNING", 1, warnings),
+                (false, _) => ("CRITICAL", 2, breaches),
+            };
+            out.line(format_args!(
+                "LAG {word} - {} pairs of group and topic; {}",
+                rows.len(),
+                which.join(", ")
+            ))?;
+            return if code == 0 { Ok(()) } else { Err(Failure::Plugin(code)) };
+        }
+    }
     if breaches.is_empty() {
         Ok(())
     } else {

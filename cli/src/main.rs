@@ -25,7 +25,7 @@ use serde_json::json;
 
 use crate::context::{Config, Session};
 use crate::exit::{Failure, Outcome};
-use crate::out::{Format, Out, row, say};
+use crate::out::{Format, Out, say};
 
 /// Publish, tail, inspect, replay and redrive on the event bus.
 ///
@@ -61,9 +61,9 @@ struct Cli {
     /// Never asks.
     #[arg(long, global = true)]
     no_input: bool,
-    /// The name of the protected context that may be written to.
+    /// The name of the protected context that may be written to, or of what is to be destroyed; may be repeated.
     #[arg(long, global = true, value_name = "NAME")]
-    confirm: Option<String>,
+    confirm: Vec<String>,
     /// The configuration file.
     #[arg(long, global = true, env = "EVENTCTL_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -83,8 +83,7 @@ enum Command {
     Topic(topic::TopicCommand),
     /// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
     Doctor,
-    /// Lists the contexts of the configuration.
-    Context,
+    Context(context::ContextCommand),
     /// Writes a completion script.
     Completions {
         /// For which shell.
@@ -141,15 +140,10 @@ async fn run(cli: &Cli) -> Outcome {
         }
         _ => {}
     }
-    let config = Config::load(cli.config.clone())?;
-    if matches!(cli.command, Command::Context) {
-        let rows = config.context.iter().map(|(name, context)| {
-            let url = eventbus::url::Url::parse(&context.url).map_or_else(|_| "?".into(), |url| url.to_string());
-            row! {"name": name, "url": url, "label": context.label, "protected": context.protected, "read_only": context.read_only,
-            "current": config.current.as_deref() == Some(name)}
-        });
-        return out.rows(rows.collect());
+    if let Command::Context(command) = &cli.command {
+        return context::run(command, cli.config.as_ref(), &mut out);
     }
+    let config = Config::load(cli.config.as_ref())?;
     let creates = match &cli.command {
         Command::Publish(_) => true,
         Command::Topic(topic) => topic.creates(),
@@ -166,7 +160,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
         Command::Doctor => doctor::run(&session, &mut out).await,
-        Command::Context | Command::Completions { .. } | Command::Version => Ok(()),
+        Command::Context(_) | Command::Completions { .. } | Command::Version => Ok(()),
     };
     let closed = session.bus.close().await;
     outcome?;

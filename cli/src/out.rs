@@ -20,6 +20,8 @@ pub(crate) enum Format {
     Json,
     /// One JSON object a line.
     Jsonl,
+    /// One YAML document.
+    Yaml,
     /// Comma-separated values with a header line.
     Csv,
     /// Nothing.
@@ -47,13 +49,14 @@ impl Format {
 pub(crate) struct Out {
     format: Format,
     columns: Option<Vec<String>>,
+    headed: bool,
     lock: std::io::StdoutLock<'static>,
 }
 
 impl Out {
     /// Opens standard output.
     pub(crate) fn new(format: Format, columns: Option<Vec<String>>) -> Self {
-        Self { format, columns, lock: std::io::stdout().lock() }
+        Self { format, columns, headed: false, lock: std::io::stdout().lock() }
     }
 
     /// The form asked for.
@@ -68,6 +71,29 @@ impl Out {
     pub(crate) fn line(&mut self, text: impl std::fmt::Display) -> Outcome {
         writeln!(self.lock, "{text}")?;
         Ok(self.lock.flush()?)
+    }
+
+    /// Writes one record in the form asked for.
+    ///
+    /// # Errors
+    /// The reader has gone.
+    pub(crate) fn record(&mut self, record: Value) -> Outcome {
+        match (self.format.resolved(), record) {
+            (Format::None, _) => Ok(()),
+            (Format::Yaml, Value::Object(fields)) => {
+                self.line("---")?;
+                fields.iter().try_for_each(|(name, value)| self.line(format_args!("{name}: {value}")))
+            }
+            (Format::Csv, Value::Object(fields)) => {
+                if std::mem::replace(&mut self.headed, true) {
+                    // Once, before the first.
+                } else {
+                    self.line(fields.keys().map(|name| quoted(name)).collect::<Vec<_>>().join(","))?;
+                }
+                self.line(fields.values().map(|value| quoted(&cell(value))).collect::<Vec<_>>().join(","))
+            }
+            (_, record) => self.line(record),
+        }
     }
 
     /// Writes rows of equal columns.
@@ -85,6 +111,12 @@ impl Out {
         match self.format.resolved() {
             Format::None => Ok(()),
             Format::Json => self.line(Value::Array(rows.into_iter().map(Value::Object).collect())),
+            Format::Yaml => rows.into_iter().try_for_each(|row| {
+                row.iter().enumerate().try_for_each(|(at, (name, value))| {
+                    // JSON's scalars and flow collections are YAML as they are (YAML 1.2.2, 1.3).
+                    self.line(format_args!("{} {name}: {value}", if at == 0 { "-" } else { " " }))
+                })
+            }),
             Format::Jsonl => rows.into_iter().try_for_each(|row| self.line(Value::Object(row))),
             Format::Csv => {
                 let Some(first) = rows.first() else { return Ok(()) };

@@ -27,6 +27,15 @@ pub(crate) enum Input {
     Envelope,
 }
 
+/// What becomes of the rest when a line is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnError {
+    /// It is not published; what came before is.
+    Stop,
+    /// It is; the line is named, and the exit code is 3.
+    Skip,
+}
+
 /// Publishes events.
 ///
 /// Examples:
@@ -75,6 +84,18 @@ pub(crate) struct Publish {
     /// Publishes an absent body.
     #[arg(long, conflicts_with_all = ["body", "file"])]
     pub null: bool,
+    /// Publishes it so often.
+    #[arg(long, value_name = "N", conflicts_with_all = ["file", "null", "input"])]
+    pub count: Option<u64>,
+    /// With --count: {n} in body and key is the number of the event, from 1.
+    #[arg(long, requires = "count")]
+    pub template: bool,
+    /// With --count: no faster than this, such as 100/s.
+    #[arg(long, requires = "count", value_name = "N/s", value_parser = crate::range::rate)]
+    pub rate: Option<f64>,
+    /// What a line does that cannot be read.
+    #[arg(long, value_enum, default_value = "stop")]
+    pub on_error: OnError,
     /// Writes a receipt for each event to standard output.
     #[arg(long, value_name = "jsonl", value_parser = ["jsonl"])]
     pub report: Option<String>,
@@ -157,7 +178,10 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
     session.may_write()?;
     let mut sender =
         Sender { session, publish, out, quiet, reports: publish.report.is_some(), n_stored: 0, n_failed: 0 };
-    if publish.null {
+    let mut n_skipped = 0;
+    if let Some(count) = publish.count {
+        repeat(&mut sender, publish, count).await?;
+    } else if publish.null {
         sender.send(vec![publish.event(None)?]).await?;
     } else if publish.input == Input::Raw {
         let mut source = publish.source()?;
@@ -183,6 +207,10 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
             }
             match publish.parse(&line, at) {
                 Ok(event) => batch.push(event),
+                Err(failure) if publish.on_error == OnError::Skip => {
+                    n_skipped += 1;
+                    say!("eventctl: {failure}; skipped");
+                }
                 Err(failure) => {
                     // What was read before the broken line is published, and the line is named.
                     sender.send(batch).await?;
@@ -198,11 +226,42 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
         }
         sender.send(batch).await?;
     }
-    match (sender.n_stored, sender.n_failed) {
+    match (sender.n_stored, sender.n_failed + n_skipped) {
         (_, 0) => Ok(()),
         (0, n) => Err(Failure::Runtime(format!("none of {n} events was stored"))),
         (stored, failed) => Err(Failure::Partial(format!("{stored} events were stored, {failed} were not"))),
     }
+}
+
+/// Publishes one body many times, at a pace.
+async fn repeat(sender: &mut Sender<'_>, publish: &Publish, count: u64) -> Outcome {
+    let mut body = Vec::new();
+    publish.source()?.read_to_end(&mut body)?;
+    let fill = |text: &str, n: u64| text.replace("{n}", &n.to_string());
+    let started = Instant::now();
+    let window =
+        publish.rate.map_or(WINDOW as f64, |rate| (rate / 10.0).ceil().clamp(1.0, WINDOW as f64)) as u64;
+    let mut n = 0;
+    while n < count {
+        let mut batch = Vec::new();
+        for _ in 0..window.min(count - n) {
+            n += 1;
+            let mut event = publish.event(Some(body.clone()))?;
+            if publish.template {
+                event = event.with_payload(fill(&String::from_utf8_lossy(&body), n));
+                if let Some(key) = &publish.key {
+                    event = event.with_key(fill(key, n));
+                }
+            }
+            batch.push(event);
+        }
+        sender.send(batch).await?;
+        if let Some(rate) = publish.rate {
+            let due = std::time::Duration::from_secs_f64(n as f64 / rate);
+            tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
+        }
+    }
+    Ok(())
 }
 
 /// Reads on a thread of its own: a blocking read must not keep Ctrl-C and the time-out waiting.

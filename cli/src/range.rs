@@ -15,6 +15,21 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     parse_duration(text).ok_or_else(|| "expected a duration such as 250ms, 30s, 5m, 12h or 7d".to_owned())
 }
 
+/// Reads a rate: 200/s, 30/m or 5.
+///
+/// # Errors
+/// What was expected.
+pub(crate) fn rate(text: &str) -> Result<f64, String> {
+    let (number, seconds) = match text.split_once('/') {
+        None => (text, 1.0),
+        Some((number, "s")) => (number, 1.0),
+        Some((number, "m")) => (number, 60.0),
+        Some(_) => return Err("expected a rate such as 200/s or 30/m".into()),
+    };
+    let found = number.parse::<f64>().ok().filter(|n| n.is_finite() && *n > 0.0);
+    found.map(|n| n / seconds).ok_or_else(|| "expected a rate such as 200/s or 30/m".into())
+}
+
 /// One end of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bound {

@@ -10,7 +10,7 @@ use crate::exit::{Failure, Outcome};
 use crate::range::{Bound, Range, Span};
 
 /// Which records are wanted.
-#[derive(Debug, Clone, Default, Args)]
+#[derive(Debug, Clone, Default, Args, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Filter {
     /// Only events with this key.
     #[arg(long, value_name = "KEY")]

@@ -1,9 +1,11 @@
 //! `replay`: publishes a range of a topic into another, planned first.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use eventbus::{Envelope, EventId, Topic};
+use eventbus::{Envelope, EventId, Offset, PartitionId, Topic};
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::context::Session;
@@ -11,7 +13,7 @@ use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::row;
 use crate::out::say;
-use crate::range::{Bound, resolve};
+use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
 use crate::{audit, record};
 
@@ -20,6 +22,9 @@ use crate::{audit, record};
 /// Examples:
 ///   eventctl -c sqlite://shop.db replay plan orders --range @-1h:end --to orders.replay
 ///   eventctl -c sqlite://shop.db replay run orders --range @-1h:end --to orders.replay --execute
+///   eventctl -c sqlite://shop.db replay plan orders --range @-1h:end --to orders.replay -O plan.json
+///   eventctl -c sqlite://shop.db replay run plan.json --rate 200/s --verify --execute
+///   eventctl -c sqlite://shop.db replay run --resume rp_0190… --execute
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Replay {
@@ -30,18 +35,37 @@ pub(crate) struct Replay {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Counts what would be published; writes nothing.
-    Plan(Flags),
+    Plan {
+        #[command(flatten)]
+        flags: Flags,
+        /// Writes the plan into a file, for `replay run`.
+        #[arg(short = 'O', long = "plan-out", value_name = "FILE")]
+        plan_out: Option<PathBuf>,
+    },
     /// Publishes.
     Run {
         #[command(flatten)]
         flags: Flags,
+        /// Goes on with a replay that was interrupted, from its last checkpoint.
+        #[arg(long, value_name = "ID", conflicts_with_all = ["source", "to"])]
+        resume: Option<String>,
+        /// Publishes no faster, such as 200/s.
+        #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
+        rate: Option<f64>,
+        /// Notes how far it came after so many events.
+        #[arg(long, default_value_t = 500, value_name = "N")]
+        checkpoint_every: u64,
+        /// Counts in the target what arrived.
+        #[arg(long)]
+        verify: bool,
         /// Does it; without, only plans.
         #[arg(long)]
         execute: bool,
     },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 enum Ids {
     /// The events keep their ids: who has handled them skips them.
     Keep,
@@ -51,11 +75,11 @@ enum Ids {
 
 #[derive(Debug, Args)]
 struct Flags {
-    /// The topic to read.
-    source: Topic,
+    /// The topic to read, or the file of a plan.
+    source: Option<String>,
     /// The topic to publish to.
     #[arg(long, value_name = "TOPIC")]
-    to: Topic,
+    to: Option<Topic>,
     #[command(flatten)]
     range: RangeFlags,
     #[command(flatten)]
@@ -76,73 +100,245 @@ struct Flags {
 
 /// Events published before their confirms are awaited.
 const WINDOW: usize = 256;
+/// Where replays note how far they came.
+const REPLAYS: &str = "_evt.replays";
+
+/// What a replay does, with its range resolved: it can be written down, and taken up again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Job {
+    id: String,
+    source: String,
+    to: String,
+    /// Partition, first offset, end.
+    spans: Vec<(u32, u64, u64)>,
+    filter: Filter,
+    ids: Ids,
+    max: Option<u64>,
+    max_replays: u32,
+    /// Published before this.
+    #[serde(default)]
+    published: u64,
+}
+
+impl Job {
+    fn topics(&self) -> Outcome<(Topic, Topic)> {
+        Ok((Topic::new(&self.source)?, Topic::new(&self.to)?))
+    }
+
+    fn spans(&self) -> Vec<Span> {
+        let span = |(partition, from, to): &(u32, u64, u64)| Span {
+            partition: PartitionId(*partition),
+            from: Offset(*from),
+            to: Offset(*to),
+        };
+        self.spans.iter().map(span).collect()
+    }
+
+    async fn of(session: &Session, flags: &Flags) -> Outcome<Self> {
+        let Some(source) = flags.source.as_deref() else {
+            return Err(Failure::Usage("what? name a topic, or the file of a plan".into()));
+        };
+        if std::path::Path::new(source).extension().is_some_and(|extension| extension == "json") {
+            let text = std::fs::read_to_string(source)
+                .map_err(|error| Failure::NotFound(format!("the plan {source}: {error}")))?;
+            return serde_json::from_str(&text)
+                .map_err(|error| Failure::Usage(format!("{source} is not a plan: {error}")));
+        }
+        let Some(to) = &flags.to else {
+            return Err(Failure::Usage("where to? give --to TOPIC".into()));
+        };
+        let topic = Topic::new(source)?;
+        let spans = resolve(session.admin()?, &topic, flags.range.or_from(Bound::Start)).await?;
+        Ok(Self {
+            id: format!("rp_{}", EventId::generate()),
+            source: topic.to_string(),
+            to: to.to_string(),
+            spans: spans.iter().map(|span| (span.partition.0, span.from.0, span.to.0)).collect(),
+            filter: flags.filter.clone(),
+            ids: flags.ids,
+            max: (!flags.all).then_some(flags.max),
+            max_replays: flags.max_replays,
+            published: 0,
+        })
+    }
+
+    /// The last that was noted of a replay.
+    async fn resumed(session: &Session, id: &str) -> Outcome<Self> {
+        let (admin, topic) = (session.admin()?, Topic::new(REPLAYS)?);
+        let unknown = || Failure::NotFound(format!("no checkpoint of a replay {id}"));
+        if admin.topic(&topic).await?.is_none() {
+            return Err(unknown());
+        }
+        let spans = resolve(admin, &topic, Range { from: Bound::Start, to: Bound::End }).await?;
+        let mut reader = Reader::new(admin, topic, spans);
+        let mut found = None;
+        while let Some(record) = reader.next().await? {
+            let body = event(&record).filter(|event| event.subject() == Some(id)).and_then(Envelope::payload);
+            found = body.and_then(|body| serde_json::from_slice(body).ok()).or(found);
+        }
+        found.ok_or_else(unknown)
+    }
+
+    /// Notes how far it came: durable when this returns.
+    async fn checkpoint(&self, session: &Session) -> Outcome {
+        let body = serde_json::to_vec(self).map_err(|error| Failure::Runtime(error.to_string()))?;
+        let note = Envelope::new("evt.replay", "/eventctl")
+            .with_subject(self.id.clone())
+            .with_key(self.id.clone())
+            .with_content_type("application/json")
+            .with_payload(body);
+        let publisher = session.bus.transport().publisher().await?;
+        publisher.enqueue(&Topic::new(REPLAYS)?, vec![note]).await?.await.all()?;
+        Ok(())
+    }
+
+    /// What is left begins behind this record.
+    fn pass(&mut self, partition: u32, offset: u64) {
+        if let Some(span) = self.spans.iter_mut().find(|span| span.0 == partition) {
+            span.1 = offset + 1;
+        }
+    }
+}
 
 /// Runs the command.
 ///
 /// # Errors
-/// Not found, refused for safety, or above the bound.
+/// Not found, refused for safety, above the bound, or not all of it arrived.
 pub(crate) async fn run(session: &Session, replay: &Replay, out: &mut Out) -> Outcome {
-    let (flags, execute) = match &replay.what {
-        What::Plan(flags) => (flags, false),
-        What::Run { flags, execute } => (flags, *execute),
-    };
-    if flags.to == flags.source {
+    match &replay.what {
+        What::Plan { flags, plan_out } => {
+            let job = Job::of(session, flags).await?;
+            show(session, &job, out).await?;
+            if let Some(path) = plan_out {
+                let text = serde_json::to_string_pretty(&job)
+                    .map_err(|error| Failure::Runtime(error.to_string()))?;
+                std::fs::write(path, text + "\n")?;
+                say!("next: eventctl replay run {} --execute", path.display());
+            }
+            Ok(())
+        }
+        What::Run { flags, resume, rate, checkpoint_every, verify, execute } => {
+            let job = match resume {
+                Some(id) => Job::resumed(session, id).await?,
+                None => Job::of(session, flags).await?,
+            };
+            let plan =
+                if *execute { count(session, &job).await? } else { return show(session, &job, out).await };
+            if job.max.is_some_and(|max| plan.n_matched > max) {
+                return Err(Failure::Refused(format!(
+                    "{} events match, --max is {}: raise it or give --all",
+                    plan.n_matched,
+                    job.max.unwrap_or_default()
+                )));
+            }
+            session.may_write()?;
+            execute_job(session, job, *rate, (*checkpoint_every).max(1), *verify).await
+        }
+    }
+}
+
+async fn count(session: &Session, job: &Job) -> Outcome<Plan> {
+    let (source, to) = job.topics()?;
+    if to == source {
         return Err(Failure::Refused("source and target are the same topic: it would grow for ever".into()));
     }
-    let admin = session.admin()?;
-    let spans = resolve(admin, &flags.source, flags.range.or_from(Bound::Start)).await?;
     let mut plan = Plan::default();
-    let mut reader = Reader::new(admin, flags.source.clone(), spans.clone());
+    let mut reader = Reader::new(session.admin()?, source, job.spans());
     while let Some(record) = reader.next().await? {
         plan.n_scanned += 1;
-        let Some(found) = event(&record).filter(|_| flags.filter.takes(&record.content)) else { continue };
-        plan.count(found, flags.max_replays);
+        let Some(found) = event(&record).filter(|_| job.filter.takes(&record.content)) else { continue };
+        plan.count(found, job.max_replays);
     }
-    if !execute {
-        out.rows(plan.by_type.iter().map(|(name, n)| row! {"type": name, "events": n}).collect())?;
-        say!(
-            "plan: {} scanned, {} match, {} keys, {} B to {}; over --max-replays: {}; nothing was written; replay run … --execute does it",
-            plan.n_scanned,
-            plan.n_matched,
-            plan.keys.len(),
-            plan.n_bytes,
-            flags.to,
-            plan.n_tired
-        );
-        return Ok(());
-    }
-    if !flags.all && plan.n_matched > flags.max {
-        return Err(Failure::Refused(format!(
-            "{} events match, --max is {}: raise it or give --all",
-            plan.n_matched, flags.max
-        )));
-    }
-    session.may_write()?;
+    Ok(plan)
+}
+
+async fn show(session: &Session, job: &Job, out: &mut Out) -> Outcome {
+    let plan = count(session, job).await?;
+    out.rows(plan.by_type.iter().map(|(name, n)| row! {"type": name, "events": n}).collect())?;
+    say!(
+        "plan: {} scanned, {} match, {} keys, {} B to {}; over --max-replays: {}; nothing was written; replay run … --execute does it",
+        plan.n_scanned,
+        plan.n_matched,
+        plan.keys.len(),
+        plan.n_bytes,
+        job.to,
+        plan.n_tired
+    );
+    Ok(())
+}
+
+/// Publishes, noting how far it came only after its events are confirmed: what was interrupted is repeated
+/// from there, under the same ids.
+async fn execute_job(
+    session: &Session,
+    mut job: Job,
+    rate: Option<f64>,
+    checkpoint_every: u64,
+    verify: bool,
+) -> Outcome {
+    let (source, to) = job.topics()?;
     let publisher = session.bus.transport().publisher().await?;
-    let mut reader = Reader::new(admin, flags.source.clone(), spans);
-    let (mut batch, mut n_published) = (Vec::new(), 0);
-    let id = EventId::generate().to_string();
+    let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
+    let (mut batch, mut passed) = (Vec::new(), Vec::new());
+    let (mut n_published, mut noted) = (0u64, 0u64);
+    let window = rate.map_or(WINDOW, |rate| (rate / 10.0).ceil().clamp(1.0, WINDOW as f64) as usize);
+    let started = std::time::Instant::now();
+    job.checkpoint(session).await?;
+    say!("replay {}: interrupted, it goes on with replay run --resume {} --execute", job.id, job.id);
     loop {
         let record = reader.next().await?;
         let done = record.is_none();
-        if let Some(record) = record
-            && let Some(found) = event(&record).filter(|_| flags.filter.takes(&record.content))
-            && n_replays(found) < flags.max_replays
-        {
-            batch.push(copy(found, flags.ids, &id, &record::reference(&flags.source, &record)));
+        if let Some(record) = record {
+            passed.push((record.partition.0, record.offset.0));
+            if let Some(found) = event(&record).filter(|_| job.filter.takes(&record.content))
+                && n_replays(found) < job.max_replays
+            {
+                batch.push(copy(found, job.ids, &job.id, &record::reference(&source, &record)));
+            }
         }
-        if batch.len() == WINDOW || (done && !batch.is_empty()) {
-            n_published += batch.len();
-            publisher.enqueue(&flags.to, std::mem::take(&mut batch)).await?.await.all()?;
+        if batch.len() >= window || done {
+            n_published += batch.len() as u64;
+            publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await.all()?;
+            passed.drain(..).for_each(|(partition, offset)| job.pass(partition, offset));
+            if n_published - noted >= checkpoint_every || done {
+                noted = n_published;
+                let so_far = job.published + n_published;
+                Job { published: so_far, ..job.clone() }.checkpoint(session).await?;
+            }
+            if let Some(rate) = rate {
+                let due = std::time::Duration::from_secs_f64(n_published as f64 / rate);
+                tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
+            }
         }
         if done {
             break;
         }
     }
-    let details = json!({"replay": id, "source": flags.source.as_str(), "to": flags.to.as_str(), "events": n_published});
+    let total = job.published + n_published;
+    let details = json!({"replay": job.id, "source": job.source, "to": job.to, "events": total});
     audit::note(session, "replay", details).await?;
-    say!("replayed {n_published} events from {} to {}", flags.source, flags.to);
+    if verify {
+        let arrived = arrived(session, &to, &job.id).await?;
+        // What was interrupted between a confirm and its note was published again: never less than it says.
+        if arrived < total {
+            return Err(Failure::Partial(format!("{arrived} of {total} events are in {to}")));
+        }
+        say!("verified: {arrived} events of {} are in {to}", job.id);
+    }
+    say!("replayed {n_published} events from {source} to {to}");
     Ok(())
+}
+
+/// Counts the events of a replay in its target.
+async fn arrived(session: &Session, to: &Topic, id: &str) -> Outcome<u64> {
+    let admin = session.admin()?;
+    let spans = resolve(admin, to, Range { from: Bound::Start, to: Bound::End }).await?;
+    let mut reader = Reader::new(admin, to.clone(), spans);
+    let mut n = 0;
+    while let Some(record) = reader.next().await? {
+        n += u64::from(event(&record).is_some_and(|event| event.extension("evt-replay-id") == Some(id)));
+    }
+    Ok(n)
 }
 
 fn n_replays(event: &Envelope) -> u32 {

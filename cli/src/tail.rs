@@ -1,6 +1,8 @@
 //! `tail`: reads records without joining any group.
 
-use clap::Args;
+use std::time::SystemTime;
+
+use clap::{Args, ValueEnum};
 use eventbus::Topic;
 use eventbus::admin::Record;
 use eventbus::time::to_rfc3339;
@@ -42,6 +44,18 @@ pub(crate) struct Tail {
     /// Stops after so many records.
     #[arg(long, value_name = "N")]
     pub max: Option<u64>,
+    /// Only one record of so many, such as 1/100.
+    #[arg(long, value_name = "1/N", value_parser = one_of)]
+    pub sample: Option<u64>,
+    /// Writes each record like this: {ts} {ref} {key} {id} {type} {value}, and \\t \\n.
+    #[arg(long, value_name = "TEMPLATE")]
+    pub format: Option<String>,
+    /// Writes each body into a file of this folder, named by its place.
+    #[arg(long, value_name = "DIR")]
+    pub save: Option<std::path::PathBuf>,
+    /// How times are shown to people.
+    #[arg(long, value_enum, default_value = "iso")]
+    pub time: Time,
     /// Writes bodies whole.
     #[arg(long)]
     pub full: bool,
@@ -70,10 +84,14 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
     let spans: Vec<Span> = resolve(admin, &tail.dest, range).await?;
     let mut reader = Reader::new(admin, tail.dest.clone(), spans);
     let mut last: Vec<Record> = Vec::new();
-    let mut n_written = 0;
+    let (mut n_written, mut n_matched) = (0, 0u64);
     loop {
         while let Some(record) = reader.next().await? {
             if !tail.filter.takes(&record.content) {
+                continue;
+            }
+            n_matched += 1;
+            if tail.sample.is_some_and(|n| n_matched % n != 1 && n > 1) {
                 continue;
             }
             if !ranged && !tail.follow {
@@ -97,7 +115,76 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
     last.iter().skip(skip).try_for_each(|record| write(session, tail, out, record))
 }
 
+/// How times are shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Time {
+    /// RFC 3339, in UTC.
+    Iso,
+    /// How long ago.
+    Relative,
+    /// Seconds since 1970.
+    Unix,
+}
+
+impl Time {
+    fn show(self, time: SystemTime) -> String {
+        match self {
+            Self::Iso => to_rfc3339(time),
+            Self::Relative => {
+                let ago = SystemTime::now().duration_since(time).unwrap_or_default();
+                format!("{:.1}s ago", ago.as_secs_f64())
+            }
+            Self::Unix => {
+                let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                format!("{:.3}", since.as_secs_f64())
+            }
+        }
+    }
+}
+
+fn one_of(text: &str) -> Result<u64, String> {
+    let n = text.strip_prefix("1/").unwrap_or(text).parse::<u64>();
+    n.ok().filter(|n| *n > 0).ok_or_else(|| "expected 1/N, such as 1/100".into())
+}
+
+/// Fills a template; what it does not know stays as it is.
+fn fill(template: &str, tail: &Tail, record: &Record) -> String {
+    let event = event(record);
+    let body = event.and_then(|event| event.payload()).map(|body| String::from_utf8_lossy(body).into_owned());
+    let text = |found: Option<String>| found.unwrap_or_else(|| "-".into());
+    [
+        ("{ts}", tail.time.show(record.stored_at)),
+        ("{ref}", record::reference(&tail.dest, record)),
+        ("{key}", text(event.and_then(|event| Some(event.key()?.to_string())))),
+        ("{id}", text(event.map(|event| event.id().to_string()))),
+        ("{type}", text(event.map(|event| event.event_type().to_owned()))),
+        ("\\t", "\t".into()),
+        ("\\n", "\n".into()),
+        // Last, so that nothing inside a body is filled.
+        ("{value}", text(body)),
+    ]
+    .iter()
+    .fold(template.to_owned(), |text, (name, value)| text.replace(name, value))
+}
+
+fn save(folder: &std::path::Path, tail: &Tail, record: &Record) -> Outcome {
+    std::fs::create_dir_all(folder)?;
+    let name = record::reference(&tail.dest, record).replace(['/', '@'], "_");
+    let body = match &record.content {
+        eventbus::Content::Envelope(event) => event.payload().cloned(),
+        eventbus::Content::Undecodable(bad) => bad.raw.clone(),
+        _ => None,
+    };
+    Ok(std::fs::write(folder.join(name), body.unwrap_or_default())?)
+}
+
 fn write(session: &Session, tail: &Tail, out: &mut Out, record: &Record) -> Outcome {
+    if let Some(folder) = &tail.save {
+        save(folder, tail, record)?;
+    }
+    if let Some(template) = &tail.format {
+        return out.line(fill(template, tail, record));
+    }
     if out.format() == crate::out::Format::None {
         return Ok(());
     }
@@ -111,12 +198,12 @@ fn write(session: &Session, tail: &Tail, out: &mut Out, record: &Record) -> Outc
     {
         object.remove("value");
     }
-    out.line(json)
+    out.record(json)
 }
 
 fn for_people(tail: &Tail, record: &Record) -> String {
     let place = record::reference(&tail.dest, record);
-    let time = to_rfc3339(record.stored_at);
+    let time = tail.time.show(record.stored_at);
     let Some(event) = event(record) else { return format!("{time}  {place}  (undecodable)") };
     let key = event.key().map_or_else(|| "-".into(), |key| key.to_string());
     let body = match event.payload() {

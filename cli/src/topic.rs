@@ -15,7 +15,7 @@ use crate::range::{self, Bound, Range, resolve};
 ///
 /// Examples:
 ///   eventctl -c sqlite://shop.db topic create orders --partitions 8 --retention 7d
-///   eventctl -c sqlite://shop.db topic purge orders --before @-30d --execute
+///   eventctl -c sqlite://shop.db topic purge orders --before @-30d --execute --confirm orders
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct TopicCommand {
@@ -107,7 +107,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
                 say!("would delete {topic} with {kept} events; add --execute to do it");
                 return Ok(());
             }
-            session.may_write()?;
+            session.may_destroy("topic", topic.as_str())?;
             admin.delete_topic(topic).await?;
             say!("deleted {topic} with {kept} events");
             Ok(())
@@ -119,7 +119,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
                 say!("would remove {total} events of {topic}; add --execute to do it");
                 return Ok(());
             }
-            session.may_write()?;
+            session.may_destroy("topic", topic.as_str())?;
             let mut removed = 0;
             for span in spans {
                 removed += admin.purge(topic, span.partition, span.to).await?;

@@ -1,0 +1,202 @@
+//! `eventctl` where it must be careful or patient: severe verbs, contexts, interrupted replays, alarms.
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
+
+use std::process::{Command, Output};
+
+struct Shell {
+    folder: tempfile::TempDir,
+}
+
+impl Shell {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn url(&self) -> String {
+        format!("sqlite://{}/a.db", self.folder.path().display())
+    }
+
+    /// Runs in the folder, with the bus `a` unless a context is named.
+    fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eventctl"));
+        command.env("XDG_CONFIG_HOME", self.folder.path().join("config")).current_dir(self.folder.path());
+        command.env_remove("EVENTCTL_CONTEXT").args(arguments);
+        if !arguments.contains(&"-c") && arguments[0] != "context" {
+            command.args(["-c", &self.url()]);
+        }
+        command.output().unwrap()
+    }
+
+    /// Exit code, standard output, standard error.
+    fn told(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = self.run(arguments);
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+    }
+
+    fn ok(&self, arguments: &[&str]) -> String {
+        let (code, stdout, stderr) = self.told(arguments);
+        assert_eq!(code, 0, "{arguments:?}: {stderr}");
+        stdout
+    }
+}
+
+#[test]
+fn what_destroys_needs_the_name() {
+    let shell = Shell::new();
+    shell.ok(&["publish", "orders", "{}"]);
+    for verb in ["purge", "delete"] {
+        let (code, _, stderr) = shell.told(&["topic", verb, "orders", "--execute"]);
+        assert!(code == 5 && stderr.contains("--confirm orders"), "{verb}: {code} {stderr}");
+        let (code, ..) = shell.told(&["topic", verb, "orders", "--execute", "--confirm", "others"]);
+        assert_eq!(code, 5, "{verb} with another name");
+    }
+    assert_eq!(shell.ok(&["tail", "orders"]).lines().count(), 1, "nothing was destroyed so far");
+    shell.ok(&["topic", "purge", "orders", "--execute", "--confirm", "orders"]);
+    assert_eq!(shell.ok(&["tail", "orders"]), "");
+    shell.ok(&["topic", "delete", "orders", "--execute", "--confirm", "orders"]);
+    assert_eq!(shell.told(&["tail", "orders"]).0, 4);
+}
+
+#[test]
+fn contexts_are_added_chosen_and_removed() {
+    let shell = Shell::new();
+    let url = shell.url();
+    shell.ok(&["publish", "orders", "{}"]);
+    shell.ok(&["context", "add", "shop", &url]);
+    shell.ok(&["context", "add", "prod", &url, "--label", "PROD", "--protected"]);
+    let (code, _, stderr) = shell.told(&["-c", "prod", "publish", "orders", "{}"]);
+    assert!(code == 5 && stderr.contains("PROTECTED") && stderr.contains("--confirm prod"), "{stderr}");
+    shell.ok(&["context", "use", "shop"]);
+    let listed = shell.ok(&["context", "list"]);
+    assert!(listed.contains("\"name\":\"shop\"") && listed.contains("\"current\":true"), "{listed}");
+    assert_eq!(shell.told(&["context", "use", "nobody"]).0, 4);
+    // A project may add a context; it cannot take the protection from one of the user's.
+    let project =
+        format!("current = \"mine\"\n[context.prod]\nurl = \"{url}\"\n[context.mine]\nurl = \"{url}\"\n");
+    std::fs::write(shell.folder.path().join("eventctl.toml"), project).unwrap();
+    assert_eq!(shell.told(&["-c", "prod", "publish", "orders", "{}"]).0, 5);
+    assert_eq!(shell.told(&["-c", "mine", "tail", "orders"]).0, 0);
+    shell.ok(&["context", "rm", "shop"]);
+    assert_eq!(shell.told(&["-c", "shop", "tail", "orders"]).0, 2);
+}
+
+#[test]
+fn a_plan_is_written_run_verified_and_resumed() {
+    let shell = Shell::new();
+    let body = ["publish", "t", "{\"n\":{n}}", "-k", "k{n}", "--count", "60", "--template", "--type", "a"];
+    shell.ok(&body);
+    assert!(shell.ok(&["tail", "t", "--from", "start", "--full"]).contains("{\"n\":60}"));
+    let planned = ["replay", "plan", "t", "--to", "t.copy", "-O", "plan.json", "--max", "50"];
+    shell.ok(&planned);
+    let (code, _, stderr) = shell.told(&["replay", "run", "plan.json", "--execute"]);
+    assert!(code == 5 && stderr.contains("--max is 50"), "the plan keeps its bound: {stderr}");
+    shell.ok(&["replay", "plan", "t", "--to", "t.copy", "-O", "plan.json"]);
+    // What comes after the plan is not in it.
+    shell.ok(&["publish", "t", "{}", "--type", "a"]);
+    let rated = ["replay", "run", "plan.json", "--rate", "1000/s", "--verify", "--execute"];
+    let (code, _, stderr) = shell.told(&rated);
+    assert!(code == 0 && stderr.contains("verified: 60 events"), "{stderr}");
+    assert_eq!(shell.ok(&["tail", "t.copy", "--from", "start"]).lines().count(), 60);
+
+    // Killed in the middle, it goes on where its last note says, and everything is there.
+    let started = Command::new(env!("CARGO_BIN_EXE_eventctl"))
+        .args(["-c", &shell.url(), "replay", "run", "t", "--to", "t.slow", "--rate", "10/s"])
+        .args(["--checkpoint-every", "5", "--execute"])
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let copied = || shell.told(&["tail", "t.slow", "--from", "start"]).1.lines().count();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while copied() < 7 {
+        assert!(std::time::Instant::now() < deadline, "the replay does not begin");
+    }
+    let pid = started.id().to_string();
+    assert!(Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+    let said = String::from_utf8(started.wait_with_output().unwrap().stderr).unwrap();
+    let id = said.split_whitespace().find(|word| word.starts_with("rp_")).unwrap().trim_end_matches(':');
+    let before = shell.ok(&["tail", "t.slow", "--from", "start"]).lines().count();
+    assert!((1..61).contains(&before), "killed too early or too late: {before}");
+    let (code, _, stderr) = shell.told(&["replay", "run", "--resume", id, "--verify", "--execute"]);
+    assert_eq!(code, 0, "{stderr}");
+    let copies = shell.ok(&["tail", "t.slow", "--from", "start"]);
+    let ids: std::collections::HashSet<String> = copies
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["ce"]["id"].to_string())
+        .collect();
+    assert_eq!(ids.len(), 61, "after the resume");
+    assert!(
+        copies.lines().count() < 61 + 12,
+        "{} copies: more than a checkpoint was repeated",
+        copies.lines().count()
+    );
+    assert_eq!(shell.told(&["replay", "run", "--resume", "rp_unknown", "--execute"]).0, 4);
+}
+
+#[test]
+fn lines_that_are_broken_can_be_skipped() {
+    let shell = Shell::new();
+    std::fs::write(shell.folder.path().join("in.jsonl"), "{\"n\":1}\n{broken\n{\"n\":3}\n").unwrap();
+    let (code, _, stderr) =
+        shell.told(&["publish", "t", "--file", "in.jsonl", "--input", "jsonl", "--on-error", "skip"]);
+    assert!(code == 3 && stderr.contains("line 2"), "{code} {stderr}");
+    assert_eq!(shell.ok(&["tail", "t"]).lines().count(), 2);
+}
+
+#[tokio::test]
+async fn lag_is_told_to_monitors_and_parking_is_no_lag() {
+    use eventbus::{Failure, Meta, Service, Topic};
+    async fn refuse(Meta(_): Meta) -> Result<(), Failure> {
+        Err(Failure::permanent("never", "no"))
+    }
+    let shell = Shell::new();
+    let bus = eventbus::connect(&shell.url()).await.unwrap();
+    let topic = Topic::new("orders").unwrap();
+    let running = Service::new("billing").on(topic.clone(), refuse).with_state(()).start(&bus).await.unwrap();
+    for _ in 0..3 {
+        shell.ok(&["publish", "orders", "{}", "-k", "same"]);
+    }
+    while running.counts().parked < 3 {
+        tokio::task::yield_now().await;
+    }
+    running.stop().await.unwrap();
+    assert_eq!(shell.told(&["inspect", "lag", "--crit", "0"]).0, 0, "parked events are not behind");
+    assert!(!shell.ok(&["inspect", "topics"]).contains(".parked"));
+    assert!(shell.ok(&["inspect", "topics", "--internal"]).contains("orders.billing.parked"));
+    for _ in 0..5 {
+        shell.ok(&["publish", "orders", "{}"]);
+    }
+    let (code, stdout, _) = shell.told(&["inspect", "lag", "--warn", "2", "--format", "nagios"]);
+    assert!(code == 1 && stdout.starts_with("LAG WARNING"), "{code} {stdout}");
+    let (code, stdout, _) = shell.told(&["inspect", "lag", "--crit", "2", "--format", "nagios"]);
+    assert!(code == 2 && stdout.starts_with("LAG CRITICAL"), "{code} {stdout}");
+    let stdout = shell.ok(&["inspect", "lag", "--format", "prometheus"]);
+    assert!(stdout.contains("evt_consumer_lag{messaging_consumer_group_name=\"billing\",messaging_destination_name=\"orders\"} 5"), "{stdout}");
+    let doctor = shell.ok(&["doctor"]);
+    assert!(
+        doctor.contains("\"check\":\"integrity\",\"detail\":\"ok\"")
+            || doctor.contains("\"check\":\"integrity\""),
+        "{doctor}"
+    );
+    for check in ["journal mode", "library"] {
+        assert!(doctor.contains(check), "{doctor}");
+    }
+}
+
+#[test]
+fn records_take_other_forms() {
+    let shell = Shell::new();
+    shell.ok(&["publish", "t", "a: \"b\"", "-k", "1", "--type", "x"]);
+    shell.ok(&["publish", "t", "two", "-k", "1", "--type", "x"]);
+    let line = shell.ok(&["tail", "t", "--from", "start", "--format", "{key}\\t{type}\\t{value}"]);
+    assert_eq!(line, "1\tx\ta: \"b\"\n1\tx\ttwo\n");
+    assert_eq!(shell.ok(&["tail", "t", "--from", "start", "--sample", "1/2"]).lines().count(), 1);
+    shell.ok(&["tail", "t", "--from", "start", "--save", "bodies"]);
+    let saved: Vec<_> = std::fs::read_dir(shell.folder.path().join("bodies")).unwrap().collect();
+    assert_eq!(saved.len(), 2);
+    let yaml = shell.ok(&["inspect", "topics", "-o", "yaml"]);
+    assert!(yaml.starts_with("- topic: \"t\"") || yaml.starts_with("- "), "{yaml}");
+    assert!(yaml.contains("topic: \"t\"\n"), "{yaml}");
+    let csv = shell.ok(&["tail", "t", "--from", "start", "-o", "csv", "--meta-only"]);
+    assert_eq!(csv.lines().count(), 3, "a header and two rows: {csv}");
+}
