@@ -78,6 +78,7 @@ macro_rules! __conformance_list {
             P18 lost_ack_is_unknown [Cut]
             P19 hostile_names_stay_apart []
             P20 reserved_headers_cannot_be_spoofed []
+            P21 close_wakes_a_waiting_publish [Bound]
             S1 two_groups_each_get_everything []
             S2 members_share_the_work []
             S3 group_position_survives_reopen []

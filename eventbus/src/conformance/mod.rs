@@ -46,7 +46,7 @@ pub use self::report::{Line, Report};
 pub use self::subject::{Power, Settings, Size, Subject};
 
 /// A case is over after so many idle times, or it hangs.
-const LIMIT: u32 = 20;
+const LIMIT: u32 = 12;
 
 /// Runs one case against a subject and reports how it ended. A panic of the transport is a failure.
 pub async fn run(case: &'static Case, subject: &Subject) -> Line {

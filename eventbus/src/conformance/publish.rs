@@ -401,6 +401,37 @@ pub(super) async fn publish_waits_when_full(mut cx: Cx) -> Checked {
     book.exactly_once()
 }
 
+pub(super) async fn close_wakes_a_waiting_publish(mut cx: Cx) -> Checked {
+    for close_transport in [false, true] {
+        let transport = cx.connect().await?;
+        let (topic, group) = (cx.topic(if close_transport { "all" } else { "one" })?, cx.group("main")?);
+        // A group that settles nothing: what is published stays.
+        let _member = cx.join(&transport, &topic, &group).await?;
+        let publisher = transport.publisher().await?;
+        let events = cx.events(cx.subject.bound() + 1, 5);
+        let (last, rest) = events.split_last().ok_or_else(|| Violation::new("no events"))?;
+        for batch in rest.chunks(500) {
+            let filling = async { publisher.enqueue(&topic, batch.to_vec()).await?.await.all() };
+            cx.within("filling the topic", filling).await??;
+        }
+        let (waiter, last) = (publisher.clone(), last.clone());
+        let waiting = tokio::spawn(async move { waiter.enqueue(&topic, vec![last]).await.map(drop) });
+        pass(cx.settings().quiet).await;
+        ensure!(!waiting.is_finished(), "publishing did not wait at the bound of {}", rest.len());
+        if close_transport {
+            transport.close().await?
+        } else {
+            publisher.close().await?
+        }
+        let ended = cx.within("a publish that waited when it was closed", waiting).await?;
+        match ended.map_err(|panic| Violation::new(panic.to_string()))? {
+            Err(error) => ensure_eq!(error.kind(), ErrorKind::Closed, "how the waiting publish ended"),
+            Ok(()) => return Err(Violation::new("a publish into a full topic was accepted by closing")),
+        }
+    }
+    Ok(())
+}
+
 pub(super) async fn flush_waits_for_everything(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
     let mut confirms = Vec::new();

@@ -71,6 +71,7 @@ mutants! {
     HiddenDedup "hidden_dedup" on Plain: "P16";
     SilentUnsupported "silent_unsupported" on Plain: "S10" "S11";
     UnboundedPrefetch "unbounded_prefetch" on Plain: "C19";
+    CloseLeavesWaiting "close_leaves_waiting" on Plain: "P21";
     UnboundedPublish "unbounded_publish" on Plain: "P14";
     GarbageDropped "garbage_dropped" on Plain: "C23";
     GarbagePanics "garbage_panics" on Plain: "C23";

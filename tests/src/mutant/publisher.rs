@@ -167,6 +167,11 @@ impl Publisher for MutantPublisher {
     async fn close(&self) -> Result<()> {
         self.closed.store(true, Atomic::SeqCst);
         self.shared.world.any_closed.store(true, Atomic::SeqCst);
+        if self.is(Defect::CloseLeavesWaiting) {
+            // Later calls are refused; who waits already is forgotten.
+            self.dead.store(true, Atomic::SeqCst);
+            return Ok(());
+        }
         self.inner.close().await
     }
 }

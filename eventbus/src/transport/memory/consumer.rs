@@ -3,13 +3,13 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant as StdInstant};
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::closing::Closing;
 use super::group::{GroupState, Member, News};
 use super::topic::{GroupId, Inner, Log, TopicState};
 use crate::admin::Offset;
@@ -35,7 +35,7 @@ impl MemoryConsumer {
         topic: Arc<TopicState>,
         member: u64,
         subscription: &Subscription,
-        opened_from: Arc<AtomicBool>,
+        opened_from: Arc<Closing>,
     ) -> Result<Self> {
         let wake = Arc::new(Notify::new());
         let group = match &subscription.audience {

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::closing::Closing;
 use crate::partition::PartitionId;
 use crate::transport::cursor::{Cursor, Order, lease_end};
 use crate::transport::hand::Hand;
@@ -40,7 +40,7 @@ pub(super) struct Member {
     pub(super) alive_until: Instant,
     pub(super) polls_waiting: usize,
     /// The transport value it was opened from.
-    pub(super) opened_from: Arc<AtomicBool>,
+    pub(super) opened_from: Arc<Closing>,
 }
 
 pub(super) enum News {

@@ -13,6 +13,7 @@
 //! | `dedup` | off | how long one id is stored once, such as `2m` |
 
 mod admin;
+mod closing;
 mod consumer;
 mod group;
 mod publisher;
@@ -21,13 +22,14 @@ mod topic;
 use std::collections::HashMap;
 use std::fmt;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
+use std::sync::atomic::{AtomicU64, Ordering as Atomic};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
+use self::closing::Closing;
 use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
 use super::{Consumer, Publisher, Transport};
@@ -110,7 +112,7 @@ impl Options {
 pub struct Memory {
     broker: Arc<Broker>,
     /// Closed with this value, not with the broker.
-    closed: Arc<AtomicBool>,
+    closed: Arc<Closing>,
 }
 
 struct Broker {
@@ -168,7 +170,7 @@ impl Memory {
     }
 
     fn open(&self) -> Result<()> {
-        if self.closed.load(Atomic::Acquire) { Err(Error::closed("transport")) } else { Ok(()) }
+        if self.closed.is_closed() { Err(Error::closed("transport")) } else { Ok(()) }
     }
 }
 
@@ -246,7 +248,7 @@ impl Transport for Memory {
     }
 
     async fn close(&self) -> Result<()> {
-        self.closed.store(true, Atomic::Release);
+        self.closed.close();
         let topics: Vec<_> = self.broker.topics.lock().values().cloned().collect();
         for topic in topics {
             topic.leave_all(&self.closed);

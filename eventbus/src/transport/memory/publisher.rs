@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::task::Poll;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::Broker;
+use super::closing::Closing;
 use super::topic::TopicState;
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
@@ -18,22 +19,38 @@ use crate::transport::{Confirm, Publisher, Receipts};
 
 pub(super) struct MemoryPublisher {
     broker: Arc<Broker>,
-    transport_closed: Arc<AtomicBool>,
-    closed: AtomicBool,
+    transport_closed: Arc<Closing>,
+    closed: Closing,
     /// The topic published to last, so that a run of publishes finds it without the broker's map.
     last: Mutex<Option<Arc<TopicState>>>,
 }
 
 impl MemoryPublisher {
-    pub(super) fn new(broker: Arc<Broker>, transport_closed: Arc<AtomicBool>) -> Self {
-        Self { broker, transport_closed, closed: AtomicBool::new(false), last: Mutex::new(None) }
+    pub(super) fn new(broker: Arc<Broker>, transport_closed: Arc<Closing>) -> Self {
+        Self { broker, transport_closed, closed: Closing::default(), last: Mutex::new(None) }
     }
 
     fn open(&self) -> Result<()> {
-        if self.closed.load(Atomic::Acquire) || self.transport_closed.load(Atomic::Acquire) {
+        if self.closed.is_closed() || self.transport_closed.is_closed() {
             return Err(Error::closed("publisher"));
         }
         Ok(())
+    }
+
+    /// Waits in line for room, or for the end. Dropping the future gives back what was taken.
+    async fn take<'a>(&self, room: &'a Semaphore, n: usize) -> Result<SemaphorePermit<'a>> {
+        // `fits` has bounded n by the size of the room, which is at most u32::MAX.
+        let mut room = std::pin::pin!(room.acquire_many(n as u32));
+        let deleted = |_| Error::not_found("the topic was deleted");
+        // Mostly there is room, and nothing else to set up.
+        if let Poll::Ready(taken) = std::future::poll_fn(|task| Poll::Ready(room.as_mut().poll(task))).await {
+            return taken.map_err(deleted);
+        }
+        tokio::select! {
+            taken = room => taken.map_err(deleted),
+            () = self.closed.wait() => Err(Error::closed("publisher")),
+            () = self.transport_closed.wait() => Err(Error::closed("transport")),
+        }
     }
 
     fn topic(&self, topic: &Topic) -> Arc<TopicState> {
@@ -43,12 +60,6 @@ impl MemoryPublisher {
             _ => last.insert(self.broker.topic(topic)).clone(),
         }
     }
-}
-
-/// Waits in line for room. Dropping the future gives back what was taken.
-async fn take(room: &Semaphore, n: usize) -> Result<tokio::sync::SemaphorePermit<'_>> {
-    // `fits` has bounded n by the size of the room, which is at most u32::MAX.
-    room.acquire_many(n as u32).await.map_err(|_| Error::not_found("the topic was deleted"))
 }
 
 impl fmt::Debug for MemoryPublisher {
@@ -64,8 +75,8 @@ impl Publisher for MemoryPublisher {
         let topic = self.topic(topic);
         let admitted = Admitted::check(batch, self.broker.options.max_event_bytes.get());
         admitted.fits(topic.max_events, topic.max_bytes)?;
-        let events_room = take(&topic.room_events, admitted.events.len()).await?;
-        let bytes_room = take(&topic.room_bytes, admitted.n_bytes).await?;
+        let events_room = self.take(&topic.room_events, admitted.events.len()).await?;
+        let bytes_room = self.take(&topic.room_bytes, admitted.n_bytes).await?;
         // It may have been closed while this batch waited for room.
         self.open()?;
         events_room.forget();
@@ -84,7 +95,7 @@ impl Publisher for MemoryPublisher {
     }
 
     async fn close(&self) -> Result<()> {
-        self.closed.store(true, Atomic::Release);
+        self.closed.close();
         Ok(())
     }
 }

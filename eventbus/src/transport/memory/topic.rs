@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -10,6 +9,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use super::Options;
+use super::closing::Closing;
 use super::group::GroupState;
 use crate::admin::{Offset, TopicSpec};
 use crate::envelope::Envelope;
@@ -225,7 +225,7 @@ impl TopicState {
     }
 
     /// Ends every member that was opened from one transport value.
-    pub(super) fn leave_all(&self, opened_from: &Arc<AtomicBool>) {
+    pub(super) fn leave_all(&self, opened_from: &Arc<Closing>) {
         let mut inner = self.inner.lock();
         let now = Instant::now();
         for group in inner.groups.values_mut() {
