@@ -3,11 +3,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::driver::Observer;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Message;
 use crate::name::Topic;
+use crate::observer::Observer;
 use crate::text::Text;
 use crate::transport::{Confirm, Publisher, Receipt, Transport};
 use crate::url::Url;

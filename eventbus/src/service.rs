@@ -290,9 +290,18 @@ impl Service<()> {
     /// # Errors
     /// As [`start`](Self::start), or what ended a subscription.
     pub async fn run(self, bus: &Bus) -> Result<()> {
-        let running = self.start(bus).await?;
-        driver::shutdown_signal().await;
-        running.stop().await
+        let shutdown = driver::shutdown_signal();
+        let mut running = self.start(bus).await?;
+        tokio::select! {
+            () = shutdown => running.stop().await,
+            error = running.failed() => {
+                // The others finish what they hold; the first failure is the one to tell.
+                if let Err(later) = running.stop().await {
+                    tracing::error!(error = %later, "a subscription did not end well either");
+                }
+                Err(error)
+            }
+        }
     }
 }
 

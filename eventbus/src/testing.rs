@@ -36,13 +36,13 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::bus::Bus;
-use crate::driver::{Observer, Subscribed};
 use crate::envelope::Envelope;
 use crate::error::{Class, Error, Result};
 use crate::event::Message;
 use crate::extract::Context;
 use crate::failure::Failure;
 use crate::name::Topic;
+use crate::observer::{Observer, Watched};
 use crate::transport::memory::{Memory, Options};
 use crate::transport::{Receipt, Transport};
 
@@ -102,13 +102,13 @@ pub struct TestBus {
 #[derive(Default)]
 struct Seen {
     runs: Mutex<Vec<Run>>,
-    subscriptions: Mutex<Vec<Weak<Subscribed>>>,
+    subscriptions: Mutex<Vec<Weak<dyn Watched>>>,
     changed: Notify,
 }
 
 impl Observer for Seen {
-    fn joined(&self, subscribed: &Arc<Subscribed>) {
-        self.subscriptions.lock().push(Arc::downgrade(subscribed));
+    fn joined(&self, subscription: Arc<dyn Watched>) {
+        self.subscriptions.lock().push(Arc::downgrade(&subscription));
     }
 
     fn ran(&self, handler: &'static str, context: &Context, failure: Option<&Failure>) {

@@ -11,7 +11,6 @@
 mod handle;
 mod lanes;
 mod layers;
-mod observer;
 mod outputs;
 mod parked;
 mod run;
@@ -23,7 +22,6 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-pub(crate) use self::observer::Observer;
 pub use self::parked::{HeldKey, ParkedKeys};
 pub(crate) use self::subscribed::Subscribed;
 use crate::error::{Error, ErrorKind, Result};
@@ -99,7 +97,7 @@ impl Running {
 
     pub(crate) fn add(&mut self, subscription: Arc<Subscribed>) {
         if let Some(observer) = &subscription.observer {
-            observer.joined(&subscription);
+            observer.joined(subscription.clone());
         }
         let task = tokio::spawn(run::run(subscription.clone(), self.stop.subscribe(), self.drain_within));
         self.subscriptions.push((subscription, task));
@@ -117,9 +115,41 @@ impl Running {
         self.subscriptions.iter().map(|(subscription, _)| subscription.health()).collect()
     }
 
+    /// Returns a handle that sees the same and can be kept elsewhere, such as behind a health page.
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            subscriptions: self.subscriptions.iter().map(|(subscription, _)| subscription.clone()).collect(),
+        }
+    }
+
     /// Describes the subscriptions, a line each: topic, group, lanes, retry, dead letters.
     pub fn describe(&self) -> Vec<String> {
         self.subscriptions.iter().map(|(subscription, _)| subscription.to_string()).collect()
+    }
+
+    /// Waits until a subscription ends by itself, and says why: its topic was deleted, or its group closed.
+    ///
+    /// # Cancellation
+    /// Safe: what ended is still reported by [`stop`](Self::stop) or the next call.
+    pub async fn failed(&mut self) -> Error {
+        let (at, ended) = std::future::poll_fn(|task| {
+            let ends = self.subscriptions.iter_mut().enumerate().find_map(|(at, (_, handle))| {
+                match std::pin::Pin::new(handle).poll(task) {
+                    std::task::Poll::Ready(ended) => Some((at, ended)),
+                    std::task::Poll::Pending => None,
+                }
+            });
+            ends.map_or(std::task::Poll::Pending, std::task::Poll::Ready)
+        })
+        .await;
+        let (subscription, _) = self.subscriptions.remove(at);
+        let by_itself = || Error::new(ErrorKind::Unexpected, "the subscription ended by itself");
+        let error = match ended {
+            Ok(Ok(())) => by_itself(),
+            Ok(Err(error)) => error,
+            Err(panic) => by_itself().caused_by(panic),
+        };
+        error.with("subscription", subscription)
     }
 
     /// Stops intake, finishes what is in hand, settles, leaves; within the service's budget.
@@ -140,26 +170,54 @@ impl Running {
     }
 }
 
+/// Looks at a service from elsewhere; it does not keep the service running.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    subscriptions: Vec<Arc<Subscribed>>,
+}
+
+impl Monitor {
+    /// Returns what was done so far.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        self.subscriptions.iter().for_each(|subscription| counts += subscription.counts());
+        counts
+    }
+
+    /// Returns the health of each subscription.
+    pub fn health(&self) -> Vec<Health> {
+        self.subscriptions.iter().map(|subscription| subscription.health()).collect()
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         self.subscriptions.iter().for_each(|(_, task)| task.abort());
     }
 }
 
-/// Waits for SIGTERM or Ctrl-C.
-pub async fn shutdown_signal() {
-    let interrupt = async { drop(tokio::signal::ctrl_c().await) };
+/// Waits for SIGTERM or Ctrl-C. It listens from the call on, not from the first poll: call it before anybody
+/// is told that the program runs. Must be called inside a tokio runtime.
+pub fn shutdown_signal() -> impl Future<Output = ()> + Send {
     #[cfg(unix)]
-    let terminate = async {
-        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
-            Ok(mut signal) => drop(signal.recv().await),
-            Err(_) => std::future::pending().await,
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (interrupt, terminate) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()));
+        async move {
+            // A signal that cannot be listened to does what it does without us.
+            match (interrupt, terminate) {
+                (Ok(mut interrupt), Ok(mut terminate)) => {
+                    tokio::select! {
+                        _ = interrupt.recv() => {}
+                        _ = terminate.recv() => {}
+                    }
+                }
+                _ => std::future::pending().await,
+            }
         }
-    };
+    }
     #[cfg(not(unix))]
-    let terminate = std::future::pending::<()>();
-    tokio::select! {
-        () = interrupt => {}
-        () = terminate => {}
+    async {
+        drop(tokio::signal::ctrl_c().await);
     }
 }

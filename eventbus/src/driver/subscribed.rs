@@ -13,7 +13,6 @@ use super::lanes::{Lanes, Work};
 use super::layers::breaker::Breaker;
 use super::layers::metrics::Meters;
 use super::layers::rate::Rate;
-use super::observer::Observer;
 use super::parked::Parked;
 use super::parked::record::Sequence;
 use super::{Counts, Health};
@@ -22,6 +21,7 @@ use crate::capability::{Capabilities, Lease, Ordering, Replay};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
+use crate::observer::{Observer, Watched};
 use crate::parking::{Followers, Parking, Waits};
 use crate::partition::PartitionId;
 use crate::service::{BoundRoute, Handling, Policy};
@@ -227,18 +227,6 @@ impl Subscribed {
         }
     }
 
-    /// Parked events that do not wait for an operator.
-    #[cfg(feature = "testing")]
-    pub(crate) fn n_waiting(&self) -> u64 {
-        self.parked.as_ref().map_or(0, Parked::n_waiting)
-    }
-
-    /// Names the subscription.
-    #[cfg(feature = "testing")]
-    pub(crate) fn name(&self) -> String {
-        format!("{} for {}", self.topic, self.group)
-    }
-
     pub(crate) fn health(&self) -> Health {
         let reason = if self.breaker.is_open() {
             "handlers of many keys fail: waiting for a probe to succeed"
@@ -308,6 +296,16 @@ fn parking(
     };
     let logs = can_log && (waits == Waits::Log || followers == Followers::Hold);
     Ok((waits, followers, logs))
+}
+
+impl Watched for Subscribed {
+    fn n_waiting(&self) -> u64 {
+        self.parked.as_ref().map_or(0, Parked::n_waiting)
+    }
+
+    fn name(&self) -> String {
+        format!("{} for {}", self.topic, self.group)
+    }
 }
 
 impl fmt::Display for Subscribed {

@@ -257,7 +257,6 @@ impl Parked {
     }
 
     /// Parked events that do not wait for an operator.
-    #[cfg(feature = "testing")]
     pub(super) fn n_waiting(&self) -> u64 {
         self.places.lock().values().map(|place| place.n_waiting() as u64).sum()
     }

@@ -356,7 +356,6 @@ impl Place {
     }
 
     /// Parked events that do not wait for an operator.
-    #[cfg(feature = "testing")]
     pub(super) fn n_waiting(&self) -> usize {
         let fold = self.fold.lock();
         fold.n_pending() - fold.all_held().iter().map(|(_, behind)| behind + 1).sum::<usize>()
