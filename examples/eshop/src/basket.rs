@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use eventbus::{Bus, Envelope, Failure, Running, State, Typed};
+use eventbus::{Bus, Envelope, Error, ErrorKind, Failure, Running, State, Typed};
 use rusqlite::{OptionalExtension, params};
 
 use crate::contracts::{OrderId, OrderStarted, UserCheckoutAccepted, event_id};
@@ -13,7 +13,8 @@ use crate::shop::Shop;
 pub const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS basket_basket (ord INTEGER PRIMARY KEY, buyer INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS basket_import (file TEXT PRIMARY KEY, n_lines INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS basket_request (request TEXT PRIMARY KEY, ord INTEGER NOT NULL UNIQUE) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS basket_request (
+  request TEXT PRIMARY KEY, ord INTEGER NOT NULL UNIQUE, asked TEXT NOT NULL) WITHOUT ROWID;
 ";
 
 /// Checkouts published in one batch.
@@ -70,7 +71,8 @@ pub async fn import(
 /// Checks out an order from the web. The same request id gives the same order, however often it comes.
 ///
 /// # Errors
-/// What the bus or the tables report.
+/// [`Conflict`](ErrorKind::Conflict) if the same request id came with another order before; what the bus or the
+/// tables report.
 pub async fn check_out(
     bus: &Bus,
     shop: &Shop,
@@ -78,14 +80,24 @@ pub async fn check_out(
     order: impl Fn(OrderId) -> UserCheckoutAccepted,
 ) -> eventbus::Result<OrderId> {
     let request = request.unwrap_or_else(|| eventbus::EventId::generate().to_string());
-    let id: OrderId = shop
+    // What was asked for, whatever the order's number will be.
+    let asked = format!("{:?}", order(0));
+    let (wanted, named) = (asked.clone(), request.clone());
+    let (id, before): (OrderId, String) = shop
         .store
         .run(move |tables| {
-            let next = "INSERT OR IGNORE INTO basket_request SELECT ?1, coalesce(max(ord) + 1, ?2) FROM basket_request";
-            tables.execute(next, params![request, FIRST_WEB_ORDER])?;
-            tables.query_row("SELECT ord FROM basket_request WHERE request = ?1", [request], |row| row.get(0))
+            let next =
+                "INSERT OR IGNORE INTO basket_request SELECT ?1, coalesce(max(ord) + 1, ?2), ?3 FROM basket_request";
+            tables.execute(next, params![request, FIRST_WEB_ORDER, wanted])?;
+            let found = "SELECT ord, asked FROM basket_request WHERE request = ?1";
+            tables.query_row(found, [request], |row| Ok((row.get(0)?, row.get(1)?)))
         })
         .await?;
+    if before != asked {
+        return Err(Error::new(ErrorKind::Conflict, "this x-request-id came with another order before")
+            .with("request", named)
+            .with("order", id));
+    }
     let checkout = envelope(&order(id))?;
     bus.publisher().await?.publish_envelope(&shop.topics.checkouts, checkout).await?;
     Ok(id)

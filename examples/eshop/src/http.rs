@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use eventbus::{Bus, Error, ErrorKind};
+use eventbus::{Bus, Error, ErrorKind, Health, Monitor};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -21,6 +21,7 @@ use crate::{basket, ordering};
 struct Door {
     bus: Bus,
     shop: Shop,
+    services: Vec<Monitor>,
 }
 
 /// An order as a buyer writes it.
@@ -46,16 +47,37 @@ pub async fn bind(address: SocketAddr) -> eventbus::Result<tokio::net::TcpListen
 }
 
 /// Serves until the process ends.
-pub async fn serve(listener: tokio::net::TcpListener, bus: Bus, shop: Shop) {
+pub async fn serve(listener: tokio::net::TcpListener, bus: Bus, shop: Shop, services: Vec<Monitor>) {
     let routes = Router::new()
         .route("/v1/orders", post(place))
         .route("/v1/orders/{id}", get(show))
         .route("/v1/orders/{id}/cancel", post(cancel))
-        .route("/health", get(|| async { Json(json!({"status": "running"})) }))
-        .with_state(Door { bus, shop });
+        .route("/health", get(health))
+        .with_state(Door { bus, shop, services });
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the door is closed");
     }
+}
+
+/// Says whether every subscription of this process runs, and which does not and why.
+async fn health(State(door): State<Door>) -> Response {
+    let ill: Vec<_> = door
+        .services
+        .iter()
+        .flat_map(Monitor::health)
+        .filter_map(|health| match health {
+            Health::Degraded { topic, group, reason } => {
+                Some(json!({"topic": topic.as_str(), "group": group.as_str(), "reason": reason}))
+            }
+            _ => None,
+        })
+        .collect();
+    let (status, word) = if ill.is_empty() {
+        (StatusCode::OK, "running")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "degraded")
+    };
+    (status, Json(json!({"status": word, "subscriptions": ill}))).into_response()
 }
 
 fn problem(status: StatusCode, text: impl std::fmt::Display) -> Response {
@@ -82,6 +104,7 @@ async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<N
     let checkout = |order| UserCheckoutAccepted { order, buyer, product, quantity, amount_cents };
     match basket::check_out(&door.bus, &door.shop, request, checkout).await {
         Ok(order) => (StatusCode::ACCEPTED, Json(json!({"order": order}))).into_response(),
+        Err(error) if error.kind() == ErrorKind::Conflict => problem(StatusCode::CONFLICT, error),
         Err(error) => unavailable(&error),
     }
 }

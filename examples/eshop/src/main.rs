@@ -107,7 +107,10 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     for line in services.iter().flat_map(Running::describe) {
         tracing::info!("{line}");
     }
-    tokio::spawn(http::serve(listener, bus.clone(), shop.clone()));
+    // Before anybody is told that we are here: from now on a signal is a polite end.
+    let shutdown = eventbus::shutdown_signal();
+    let monitors = services.iter().map(Running::monitor).collect();
+    tokio::spawn(http::serve(listener, bus.clone(), shop.clone(), monitors));
     say!(
         "eshop on {}, door at http://{door}, {} orders in the file",
         redacted(&options.bus),
@@ -135,7 +138,7 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     };
     let outcome = tokio::select! {
         outcome = flow => outcome,
-        () = eventbus::shutdown_signal() => Ok(Ended::Interrupted),
+        () = shutdown => Ok(Ended::Interrupted),
     };
     // A second Ctrl-C does not wait for the drain.
     tokio::spawn(async {

@@ -69,6 +69,10 @@ pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
         .with_state(shop.clone())
         .start(bus)
         .await?;
+    // Nobody could answer while the shop was down: who waits for an answer waits its full time from now.
+    let late = now_ms().saturating_add(LATE.as_millis() as i64);
+    let sql = "UPDATE timer SET due_ms = ?1 WHERE kind IN ('StockLate', 'PayLate') AND due_ms < ?1";
+    shop.store.run(move |tables| tables.execute(sql, [late])).await?;
     tokio::spawn(watch(bus.clone(), shop.clone()));
     Ok(running)
 }

@@ -185,6 +185,9 @@ fn the_door_places_shows_and_cancels_orders() {
     assert_eq!(code, 202, "{first}");
     let (_, again) = shop.ask("POST", "/v1/orders", "x-request-id: abc\r\n", body);
     assert_eq!(first, again, "one request id is one order");
+    let other = r#"{"buyer":8,"product":1,"quantity":2,"amount_cents":1999}"#;
+    let (code, why) = shop.ask("POST", "/v1/orders", "x-request-id: abc\r\n", other);
+    assert_eq!(code, 409, "another order under the same request id: {why}");
     let (_, second) = shop.ask("POST", "/v1/orders", "x-request-id: def\r\n", body);
     assert_ne!(first, second);
     let (first, second) = (first["order"].as_u64().unwrap(), second["order"].as_u64().unwrap());
