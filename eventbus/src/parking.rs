@@ -32,7 +32,8 @@ pub enum Followers {
 /// How a service keeps events that wait, and the bounds of that.
 ///
 /// Parked events are in the topic `<topic>.<group>.parked`, stored before their source is settled. Memory
-/// holds their ids and positions, not their bodies. At a bound the key or the partition waits with the
+/// holds their ids and positions, not their bodies. What was parked and handled is known by its place in the source:
+/// after a group was moved back by hand, delete that topic as well, or such events are taken for handled ones. At a bound the key or the partition waits with the
 /// transport, health says so, and nothing is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]

@@ -44,6 +44,7 @@ const MAX_BATCH: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 pub(crate) struct Policy {
     pub(crate) lanes: NonZeroUsize,
     pub(crate) window: NonZeroUsize,
+    pub(crate) lease: Duration,
     pub(crate) retry: Retry,
     pub(crate) parking: Parking,
     #[cfg(feature = "rate-limit")]
@@ -59,6 +60,7 @@ pub(crate) struct Policy {
 /// |---|---|---|
 /// | keys handled in parallel, each topic | 32 | [`lanes`](Self::lanes) |
 /// | events in hand, each topic | 1,024 | [`window`](Self::window) |
+/// | a delivery without a sign of life | 30 s | [`lease`](Self::lease) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
 /// | events in one call of a batch handler | 64 | [`on_batch`](Self::on_batch) |
@@ -118,6 +120,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
         let policy = Policy {
             lanes: NonZeroUsize::MIN.saturating_add(31),
             window: Subscription::WINDOW,
+            lease: Subscription::LEASE,
             retry: Retry::default(),
             parking: Parking::default(),
             #[cfg(feature = "rate-limit")]
@@ -193,6 +196,14 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn window(mut self, events: NonZeroUsize) -> Self {
         self.policy.window = events;
+        self
+    }
+
+    /// Sets for how long a delivery stays ours without a sign of life, where the transport has leases. A handler
+    /// may run longer: leases are renewed at a third of this while the process lives.
+    #[must_use]
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.policy.lease = lease;
         self
     }
 

@@ -81,6 +81,7 @@ impl Subscribed {
         let mut subscription = Subscription::group(topic.clone(), group.clone())
             .with_ordering(capabilities.ordering.min(Ordering::PerKey))
             .with_window(policy.window)
+            .with_lease(policy.lease)
             .with_start(policy.start.clone());
         if capabilities.delay {
             subscription = subscription.with_delayed_retry();
