@@ -220,7 +220,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 return Ok(());
             }
             session.may_write()?;
-            held.keys(&session.bus)?.redrive(&held.key.key).await?;
+            held.keys(&session.bus)?.redrive(&held.key).await?;
             close(session, &held, "redrive", json!({"to": "sequence"})).await?;
             say!("redrove {what}");
             Ok(())
@@ -235,7 +235,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 return Ok(());
             }
             session.may_write()?;
-            held.keys(&session.bus)?.resolve(&held.key.key, reason).await?;
+            held.keys(&session.bus)?.resolve(&held.key, reason).await?;
             close(session, &held, "resolve", json!({"reason": reason})).await?;
             say!("resolved {what}");
             Ok(())

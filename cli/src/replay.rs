@@ -100,6 +100,8 @@ struct Flags {
 
 /// Events published before their confirms are awaited.
 const WINDOW: usize = 256;
+/// Records that are passed over before that is noted.
+const MAX_PASSED: usize = 10_000;
 /// Where replays note how far they came.
 const REPLAYS: &str = "_evt.replays";
 
@@ -280,7 +282,7 @@ async fn execute_job(
     let publisher = session.bus.transport().publisher().await?;
     let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     let (mut batch, mut passed) = (Vec::new(), Vec::new());
-    let (mut n_published, mut noted) = (0u64, 0u64);
+    let (mut n_published, mut noted, mut n_passed) = (0u64, 0u64, 0u64);
     let window = rate.map_or(WINDOW, |rate| (rate / 10.0).ceil().clamp(1.0, WINDOW as f64) as usize);
     let started = std::time::Instant::now();
     job.checkpoint(session).await?;
@@ -296,11 +298,15 @@ async fn execute_job(
                 batch.push(copy(found, job.ids, &job.id, &record::reference(&source, &record)));
             }
         }
-        if batch.len() >= window || done {
+        if batch.len() >= window || passed.len() >= MAX_PASSED || done {
             n_published += batch.len() as u64;
-            publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await.all()?;
+            if !batch.is_empty() {
+                publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await.all()?;
+            }
+            n_passed += passed.len() as u64;
             passed.drain(..).for_each(|(partition, offset)| job.pass(partition, offset));
-            if n_published - noted >= checkpoint_every || done {
+            if n_published - noted >= checkpoint_every || n_passed >= MAX_PASSED as u64 || done {
+                n_passed = 0;
                 noted = n_published;
                 let so_far = job.published + n_published;
                 Job { published: so_far, ..job.clone() }.checkpoint(session).await?;
@@ -357,7 +363,8 @@ fn copy(event: &Envelope, ids: Ids, replay: &str, of: &str) -> Envelope {
         .with_extension("evt-replay-count", (n_replays(event) + 1).to_string());
     match ids {
         Ids::Keep => copy,
-        Ids::New => copy.with_id(EventId::generate()),
+        // The same for the same replay, so that what is repeated after an interruption is one event.
+        Ids::New => copy.with_id(EventId::derive(event.id(), &format!("{replay}/{of}"))),
     }
 }
 

@@ -32,6 +32,9 @@ use crate::transport::{Content, Delivery, Settle, Token};
 const PAUSE: Duration = Duration::from_millis(50);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long a parked event waits whose body cannot be read.
+const UNREADABLE: Duration = Duration::from_secs(30);
+
 /// What makes an event ours: its delivery, or its place in the parking log.
 #[derive(Clone, Copy)]
 enum Claim<'a> {
@@ -99,8 +102,8 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
     // What an operator redrives runs at once, whatever waits.
     if is_redriven(subscribed, &context.envelope) {
         let (id, sequence) = (context.envelope.id().clone(), subscribed.sequence(&context.envelope));
-        let settle = fresh(subscribed, route, context, None, 0, None).await;
-        if settle == Settle::Ack && place.held(&sequence).is_some_and(|held| held == id) {
+        let (settle, handled) = fresh_told(subscribed, route, context, None, 0, None).await;
+        if handled && place.held(&sequence).is_some_and(|held| held == id) {
             // A failure here leaves the sequence held: it can be redriven again.
             match place.done(&id).await {
                 Ok(()) => parked.ring(),
@@ -217,11 +220,23 @@ fn is_plain(subscribed: &Subscribed, delivery: &Delivery, envelope: &Envelope) -
 async fn fresh(
     subscribed: &Subscribed,
     route: &BoundRoute,
+    context: Context,
+    parking: Option<(&Parked, &Place)>,
+    begun: u32,
+    failed: Option<Failure>,
+) -> Settle {
+    fresh_told(subscribed, route, context, parking, begun, failed).await.0
+}
+
+/// The same; says as well whether its handler succeeded, which a settle alone does not tell.
+async fn fresh_told(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
     mut context: Context,
     parking: Option<(&Parked, &Place)>,
     begun: u32,
     mut failed: Option<Failure>,
-) -> Settle {
+) -> (Settle, bool) {
     let (claim, retry) = (Claim::Delivery(context.delivery.token), subscribed.policy.retry);
     let mut attempt = context.delivery.attempt.map_or(1, NonZeroU32::get).saturating_add(begun);
     let id = context.envelope.id().clone();
@@ -229,23 +244,19 @@ async fn fresh(
     // An event that may have ended the process before runs alone among its like, so that an innocent
     // neighbour is not counted again.
     let mut _alone = None;
-    if let Some((parked, place)) = caution {
+    if let Some((parked, _)) = caution {
         if begun >= retry.attempts.get() {
             let failure =
                 Failure::permanent("aborted", format_args!("the process ended in each of {begun} runs"));
-            return give_up(subscribed, route, &context, parking, &failure).await;
+            return (give_up(subscribed, route, &context, parking, &failure).await, false);
         }
         if begun > 0 {
             _alone = Some(parked.suspects.lock().await);
             context.delivery.attempt = NonZeroU32::new(attempt);
         }
-        if !planted(Bug::CountsAfterRun) {
-            let begins = Note::Attempt { attempts: begun + 1, due: None, held: false };
-            if !note(subscribed, place, claim, &id, begins).await {
-                return Settle::Return;
-            }
-        }
     }
+    let mut begins = caution.map(|(_, place)| (place, begun + 1)).filter(|_| !planted(Bug::CountsAfterRun));
+    let (mut handled, mut parks) = (false, false);
     let settle = loop {
         let (runs, before) = match failed.take() {
             // It ran in a batch: again alone, if it may pass, and once less.
@@ -255,10 +266,13 @@ async fn fresh(
         };
         let ended = match before {
             Some(failure) if runs == 0 => Ended::Failed(failure),
-            _ => run(subscribed, route, &context, runs, claim).await,
+            _ => run(subscribed, route, &context, runs, claim, begins.take()).await,
         };
         let failure = match ended {
-            Ended::Done => break Settle::Ack,
+            Ended::Done => {
+                handled = true;
+                break Settle::Ack;
+            }
             Ended::Stopped => break Settle::Return,
             Ended::Failed(failure) => failure,
         };
@@ -272,6 +286,7 @@ async fn fresh(
             (Waits::Transport, _) => break Settle::Retry { after: Some(after) },
             (Waits::Log, Some((parked, place))) => {
                 let due = SystemTime::now().checked_add(after);
+                parks = true;
                 break park(subscribed, parked, place, &context, attempt, due, false).await;
             }
             _ => {
@@ -287,9 +302,14 @@ async fn fresh(
         if planted(Bug::CountsAfterRun) {
             drop(place.attempt(&id, begun + 1, None, false).await);
         }
-        place.ended(&id);
+        // What was begun and ended is said, so that nobody takes it for what ended a process.
+        let ended =
+            settle == Settle::Ack && !parks && place.held(&subscribed.sequence(&context.envelope)).is_none();
+        if !ended || place.done(&id).await.is_err() {
+            place.ended(&id);
+        }
     }
-    settle
+    (settle, handled)
 }
 
 /// Handles the head of a parked key, and the events behind it, until one is not due.
@@ -311,18 +331,15 @@ async fn run_due(subscribed: &Subscribed, place: &Place, sequence: &Sequence) {
 async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> bool {
     let (parked, claim) = (&waiting.parked, Claim::Parked(place));
     let (id, retry) = (&parked.id, subscribed.policy.retry);
-    let mut pause = PAUSE;
-    let envelope = loop {
-        match place.body(waiting).await {
-            Ok(envelope) => break envelope,
-            Err(error) => {
-                tracing::error!(%error, topic = %subscribed.topic, %id, "a parked event could not be read; trying again");
-            }
-        }
-        if !claim.sleep(subscribed, pause).await {
+    let envelope = match place.body(waiting).await {
+        Ok(envelope) => envelope,
+        Err(error) => {
+            tracing::error!(%error, topic = %subscribed.topic, %id, "a parked event could not be read; its key waits");
+            let due = SystemTime::now().checked_add(UNREADABLE);
+            let waits = Note::Attempt { attempts: parked.attempts, due, held: false };
+            note(subscribed, place, claim, id, waits).await;
             return false;
         }
-        pause = (pause * 2).min(MAX_PAUSE);
     };
     let route = subscribed.route(&envelope);
     let Some(route) = route.filter(|_| !subscribed.is_expired(&envelope)) else {
@@ -339,11 +356,8 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
         let runs = parked.attempts;
         Failure::permanent("aborted", format_args!("the process ended in the last of {runs} runs"))
     } else {
-        let begins = Note::Attempt { attempts: attempt, due: None, held: false };
-        if !planted(Bug::CountsAfterRun) && !note(subscribed, place, claim, id, begins).await {
-            return false;
-        }
-        match run(subscribed, route, &context, 1, claim).await {
+        let begins = Some((place, attempt)).filter(|_| !planted(Bug::CountsAfterRun));
+        match run(subscribed, route, &context, 1, claim, begins).await {
             Ended::Stopped => return false,
             Ended::Done => return note(subscribed, place, claim, id, Note::Done).await,
             Ended::Failed(failure) => failure,
@@ -393,9 +407,10 @@ async fn park(
         if planted(Bug::DropsOverBound) {
             return Settle::Ack;
         }
-        // This is the key's lane: nobody else makes room in it.
+        // This is the key's lane: nobody else makes room in it. If that is not enough it comes again, and its
+        // worker is free meanwhile for the heads that make room elsewhere.
         run_due(subscribed, place, &event.sequence).await;
-        if !claim.sleep(subscribed, PAUSE).await {
+        if !claim.sleep(subscribed, PAUSE).await || !parked.has_room(place, &event.sequence) {
             return Settle::Return;
         }
     }
@@ -476,6 +491,7 @@ async fn run(
     context: &Context,
     in_lane: u32,
     claim: Claim<'_>,
+    mut begins: Option<(&Place, u32)>,
 ) -> Ended {
     let mut runs = 1;
     loop {
@@ -489,6 +505,14 @@ async fn run(
             // The partition may have moved while this waited: its next owner runs the event.
             subscribed.breaker.undecided(pass);
             return Ended::Stopped;
+        }
+        // Only now: a run that the breaker or the rate held back never began.
+        if let Some((place, attempts)) = begins.take() {
+            let begin = Note::Attempt { attempts, due: None, held: false };
+            if !note(subscribed, place, claim, context.envelope.id(), begin).await {
+                subscribed.breaker.undecided(pass);
+                return Ended::Stopped;
+            }
         }
         let (started, hop) = (Instant::now(), Hop::begin(context));
         let outcome = run_once(subscribed, route, context, hop).await;

@@ -28,6 +28,8 @@ pub(super) async fn publish(
         let topic: &Topic = match (&output.to, &route.emit_to) {
             (To::Topic(topic), _) | (To::Route, Some(topic)) => topic,
             (To::Asker, _) => match asker_of(context) {
+                // An inbox that is gone is not made again by an answer.
+                Some(found) if !is_open(subscribed, &found).await? => continue,
                 Some(found) => {
                     asker = found;
                     &asker
@@ -59,6 +61,14 @@ fn asker_of(context: &Context) -> Option<Topic> {
     Topic::new(topic).ok()
 }
 
+/// Whether an inbox is still there, as far as the transport can say.
+async fn is_open(subscribed: &Subscribed, asker: &Topic) -> Result<bool> {
+    match subscribed.transport.admin() {
+        Some(admin) => Ok(admin.topic(asker).await?.is_some()),
+        None => Ok(true),
+    }
+}
+
 /// Tells whoever asked that there will be no answer. Nothing depends on it: the letter is stored.
 pub(super) async fn refuse(
     subscribed: &Subscribed,
@@ -67,6 +77,9 @@ pub(super) async fn refuse(
     failure: &Failure,
 ) {
     let Some(asker) = asker_of(context) else { return };
+    if !is_open(subscribed, &asker).await.unwrap_or(false) {
+        return;
+    }
     let said: String = failure.message().chars().take(256).collect();
     let answer = Envelope::new(FAILED, "/")
         .with_extension(FAILURE_CODE, failure.code())

@@ -127,7 +127,7 @@ async fn intake(
                 pause = PAUSE;
                 subscribed.take(&deliveries);
                 let of = deliveries.iter().map(|delivery| delivery.partition);
-                if !gain(subscribed, of.collect(), stop).await {
+                if !gain(subscribed, of.collect(), stop).await? {
                     return Ok(());
                 }
                 add(subscribed, returning, deliveries).await;
@@ -135,7 +135,7 @@ async fn intake(
             Ok(Polled::Assigned(partitions)) => {
                 subscribed.lanes.forget(&partitions);
                 leaving.retain(|partition| !partitions.contains(partition));
-                if !gain(subscribed, partitions.into_iter().collect(), stop).await {
+                if !gain(subscribed, partitions.into_iter().collect(), stop).await? {
                     return Ok(());
                 }
             }
@@ -205,24 +205,28 @@ async fn gain(
     subscribed: &Subscribed,
     partitions: BTreeSet<PartitionId>,
     stop: &mut watch::Receiver<bool>,
-) -> bool {
-    let Some(parked) = &subscribed.parked else { return true };
+) -> Result<bool> {
+    let Some(parked) = &subscribed.parked else { return Ok(true) };
     let mut pause = PAUSE;
     while parked.lacks(partitions.iter().copied()) {
         let partitions: Vec<_> = partitions.iter().copied().collect();
         let gained = tokio::select! {
             biased;
-            () = async { drop(stop.wait_for(|stop| *stop).await) } => return false,
+            () = async { drop(stop.wait_for(|stop| *stop).await) } => return Ok(false),
             gained = parked.gain(&partitions) => gained,
         };
         if let Err(error) = gained {
+            if matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::DataLoss { .. }) {
+                // Trying again mends nothing: the subscription ends, and says why.
+                return Err(error);
+            }
             subscribed.polling_fails.store(true, Atomic::Relaxed);
             tracing::warn!(%error, topic = %subscribed.topic, group = %subscribed.group, "what is parked could not be loaded; trying again");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
     }
-    true
+    Ok(true)
 }
 
 /// Puts deliveries into their lanes; those that came too early go back.

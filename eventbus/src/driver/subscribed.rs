@@ -26,7 +26,7 @@ use crate::parking::{Followers, Parking, Waits};
 use crate::partition::PartitionId;
 use crate::service::{BoundRoute, Handling, Policy};
 use crate::subscription::Subscription;
-use crate::transport::{Consumer, Delivery, Publisher, Token};
+use crate::transport::{Consumer, Delivery, Publisher, Token, Transport};
 
 pub(crate) struct Subscribed {
     pub(super) topic: Topic,
@@ -37,6 +37,7 @@ pub(crate) struct Subscribed {
     pub(super) source: String,
     pub(super) consumer: Arc<dyn Consumer>,
     pub(super) publisher: Arc<dyn Publisher>,
+    pub(super) transport: Arc<dyn Transport>,
     /// Leases are renewed so often; `None` where there are none.
     pub(super) renew_every: Option<Duration>,
     pub(super) lease: Duration,
@@ -108,6 +109,7 @@ impl Subscribed {
             routes,
             policy: policy.clone(),
             publisher,
+            transport: bus.transport().clone(),
             consumer,
             renew_every: (capabilities.lease == Lease::Extendable).then_some(subscription.lease / 3),
             lease: subscription.lease,

@@ -92,6 +92,8 @@ pub(super) struct Fold {
     /// Heads that may run, by when.
     heads: BTreeSet<(Instant, Sequence)>,
     indexed: HashMap<Sequence, Instant>,
+    /// How often operators said something.
+    pub(super) n_said: u64,
     /// The first position that counts, and the first that was not read.
     pub(super) low: u64,
     pub(super) next: u64,
@@ -111,6 +113,7 @@ impl Fold {
             begun: HashMap::new(),
             heads: BTreeSet::new(),
             indexed: HashMap::new(),
+            n_said: 0,
             low,
             next: low,
         }
@@ -123,6 +126,14 @@ impl Fold {
 
     pub(super) fn epoch(&self) -> Option<u64> {
         self.epoch
+    }
+
+    /// Says where the source ends: what was parked from beyond was of a topic that was deleted since, and says
+    /// nothing of the events that have those places now.
+    pub(super) fn source_ends(&mut self, next: Offset) {
+        for queue in self.queues.values_mut().filter(|queue| queue.highest >= next) {
+            queue.highest = Offset(0);
+        }
     }
 
     /// Whether somebody took over after us.
@@ -159,9 +170,16 @@ impl Fold {
             Record::Attempt { .. } | Record::Done { .. } if ours || stale => {}
             Record::Attempt { id, attempts, due, held } => self.attempt(&id, attempts, due, held, now),
             Record::Done { id } => self.done(&id),
-            Record::Redrive { sequence } => self.redrive(&sequence, now),
-            Record::Resolve { sequence, .. } => {
-                if let Some(id) = self.held(&sequence) {
+            // About the event that the operator saw, and no other.
+            Record::Redrive { sequence, id } => {
+                self.n_said += 1;
+                if self.held(&sequence) == Some(id) {
+                    self.redrive(&sequence, now);
+                }
+            }
+            Record::Resolve { sequence, id, .. } => {
+                self.n_said += 1;
+                if self.held(&sequence) == Some(id.clone()) {
                     self.done(&id);
                 }
             }
@@ -258,7 +276,11 @@ impl Fold {
             return Meets::Itself;
         }
         match self.queues.get(sequence) {
-            Some(queue) if origin <= queue.highest && !planted(Bug::ParksTwice) => Meets::Itself,
+            Some(queue)
+                if queue.highest > Offset(0) && origin <= queue.highest && !planted(Bug::ParksTwice) =>
+            {
+                Meets::Itself
+            }
             Some(queue) if !queue.waiting.is_empty() && !planted(Bug::RunsFollowerInLane) => Meets::Parked,
             _ => Meets::Nothing { begun: self.begun.get(id).copied().unwrap_or(0) },
         }

@@ -43,6 +43,9 @@ use crate::transport::Transport;
 /// How often the log is read for what others appended: operators, and owners that replaced us.
 const READ_EVERY: Duration = Duration::from_millis(500);
 
+/// An event that finds no room asks again much sooner than this.
+const FULL_FOR: Duration = Duration::from_secs(1);
+
 /// The parking of one subscription.
 pub(super) struct Parked {
     log: Arc<Log>,
@@ -54,7 +57,8 @@ pub(super) struct Parked {
     window: usize,
     /// Events whose run was begun and never ended run alone: a process that ends with one names it.
     pub(super) suspects: tokio::sync::Mutex<()>,
-    is_full: AtomicBool,
+    /// When an event last found no room.
+    refused_at: Mutex<Option<Instant>>,
     fails: AtomicBool,
 }
 
@@ -78,6 +82,7 @@ impl Parked {
             transport: transport.clone(),
             topic: topic.clone(),
             group: group.clone(),
+            source: source.clone(),
         };
         let admin = log.admin()?;
         let Some(info) = admin.topic(source).await? else {
@@ -100,7 +105,7 @@ impl Parked {
             parking,
             window,
             suspects: tokio::sync::Mutex::default(),
-            is_full: AtomicBool::new(false),
+            refused_at: Mutex::default(),
             fails: AtomicBool::new(false),
         })
     }
@@ -203,7 +208,9 @@ impl Parked {
             (0, n_keys) => n_keys < self.parking.max_keys.get(),
             (n_events, _) => n_events < self.parking.max_per_key.get(),
         };
-        self.is_full.store(!room, Atomic::Relaxed);
+        if !room {
+            *self.refused_at.lock() = Some(Instant::now());
+        }
         room
     }
 
@@ -237,7 +244,12 @@ impl Parked {
                 match place.sweep().await {
                     // Somebody opens the group at this moment: the next round does it.
                     Err(error) if error.kind() == ErrorKind::Conflict => {}
-                    swept => outcome = outcome.and(swept),
+                    swept => {
+                        if swept.is_err() {
+                            place.sweep_later();
+                        }
+                        outcome = outcome.and(swept);
+                    }
                 }
             }
         }
@@ -247,7 +259,7 @@ impl Parked {
 
     /// Why the parking is not well, if it is not.
     pub(super) fn ails(&self) -> Option<&'static str> {
-        if self.is_full.load(Atomic::Relaxed) {
+        if self.refused_at.lock().is_some_and(|at| at.elapsed() < FULL_FOR) {
             Some("as many events are parked as may be: their keys wait")
         } else if self.fails.load(Atomic::Relaxed) {
             Some("the parking log fails: trying again")

@@ -95,36 +95,38 @@ impl<'a> ParkedKeys<'a> {
         Ok(held)
     }
 
-    /// Lets the event that failed run again, and then what waits behind it, oldest first.
+    /// Lets the event that failed run again, and then what waits behind it, oldest first. If another event of
+    /// the key is held by then, nothing happens.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) if the key is not held, or what publishing reports.
-    pub async fn redrive(&self, key: &Key) -> Result<HeldKey> {
-        self.say(key, |sequence| Record::Redrive { sequence }).await
+    /// [`NotFound`](ErrorKind::NotFound) if the key is not held by this event any more, or what publishing reports.
+    pub async fn redrive(&self, held: &HeldKey) -> Result<()> {
+        let (sequence, id) = (Sequence::Key(held.key.clone()), held.event.clone());
+        self.say(held, Record::Redrive { sequence, id }).await
     }
 
     /// Ends the event that failed without another run; what waits behind it goes on.
     ///
     /// # Errors
     /// As [`redrive`](Self::redrive).
-    pub async fn resolve(&self, key: &Key, reason: &str) -> Result<HeldKey> {
-        self.say(key, |sequence| Record::Resolve { sequence, reason: reason.to_owned() }).await
+    pub async fn resolve(&self, held: &HeldKey, reason: &str) -> Result<()> {
+        let (sequence, id) = (Sequence::Key(held.key.clone()), held.event.clone());
+        self.say(held, Record::Resolve { sequence, id, reason: reason.to_owned() }).await
     }
 
-    async fn say(&self, key: &Key, record: impl FnOnce(Sequence) -> Record) -> Result<HeldKey> {
-        let Some(held) = self.held().await?.into_iter().find(|held| held.key == *key) else {
-            return Err(Error::not_found(
-                "no event of this key was dead-lettered with others waiting behind it",
-            )
-            .with("key", key)
-            .with("topic", &self.topic)
-            .with("group", &self.group));
-        };
+    async fn say(&self, held: &HeldKey, record: Record) -> Result<()> {
+        let is_same = |now: &HeldKey| now.key == held.key && now.event == held.event;
+        if !self.held().await?.iter().any(is_same) {
+            return Err(Error::not_found("this event is not held any more")
+                .with("key", &held.key)
+                .with("event", &held.event)
+                .with("topic", &self.topic)
+                .with("group", &self.group));
+        }
         let slot = super::place::slot(self.admin()?, &self.parked, held.partition).await?;
-        let record = record::control(&record(Sequence::Key(key.clone())), &slot, 0);
+        let record = record::control(&record, &slot, 0);
         let publisher = self.bus.transport().publisher().await?;
-        publisher.enqueue(&self.parked, vec![record]).await?.await.single()?;
-        Ok(held)
+        publisher.enqueue(&self.parked, vec![record]).await?.await.single().map(drop)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -21,6 +21,9 @@ use crate::transport::{Publisher, Transport};
 /// Records that one read brings.
 const PAGE: usize = 512;
 
+/// Pause after a sweep that failed.
+const SWEEP_PAUSE: Duration = Duration::from_secs(30);
+
 /// The log of one subscription.
 pub(super) struct Log {
     pub(super) transport: Arc<dyn Transport>,
@@ -28,6 +31,8 @@ pub(super) struct Log {
     /// `<topic>.<group>.parked`
     pub(super) topic: Topic,
     pub(super) group: Group,
+    /// What is consumed.
+    pub(super) source: Topic,
 }
 
 impl Log {
@@ -71,6 +76,7 @@ pub(in crate::driver) struct Place {
     cautious: AtomicUsize,
     leaving: AtomicBool,
     n_running: AtomicUsize,
+    sweep_after: Mutex<Option<Instant>>,
 }
 
 impl Place {
@@ -90,12 +96,18 @@ impl Place {
             cautious: AtomicUsize::new(0),
             leaving: AtomicBool::new(false),
             n_running: AtomicUsize::new(0),
+            sweep_after: Mutex::default(),
         };
         match place.epoch().await {
             Ok(_) => {}
             // Events can be handled and room be made; the takeover is said when there is room.
             Err(error) if error.kind() == ErrorKind::Full => place.read_on().await?,
             Err(error) => return Err(error),
+        }
+        let source = place.log.admin()?.topic(&place.log.source).await?;
+        let ends = source.and_then(|info| info.partitions.into_iter().find(|p| p.partition == partition));
+        if let Some(info) = ends {
+            place.fold.lock().source_ends(info.next);
         }
         if place.fold.lock().is_unclean() && !planted(Bug::NoCaution) {
             place.cautious.store(cautious, Atomic::Relaxed);
@@ -180,12 +192,22 @@ impl Place {
             let (n_records, now) = (records.len(), Now::get());
             let mut fold = self.fold.lock();
             for record in records {
-                let (position, envelope) = (record.offset.0, record.content.envelope());
-                let ours = takeover.is_some_and(|id| envelope.is_some_and(|envelope| envelope.id() == id));
+                let position = record.offset.0;
+                let Some(envelope) = record.content.envelope() else {
+                    // It may be the only copy of an event: nothing is skipped.
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        "the parking log is damaged: a record cannot be read",
+                    )
+                    .with("topic", &self.log.topic)
+                    .with("partition", self.partition)
+                    .with("offset", position));
+                };
+                let ours = takeover.is_some_and(|id| envelope.id() == id);
                 if ours && planted(Bug::ForgetsParkedOnTakeover) {
                     *fold = Fold::from(position);
                 }
-                fold.read(position, envelope.and_then(record::parse), now);
+                fold.read(position, record::parse(envelope), now);
                 if ours {
                     fold.begin(position);
                 }
@@ -198,7 +220,7 @@ impl Place {
 
     /// Reads the event of a parked one.
     pub(in crate::driver) async fn body(&self, waiting: &Waiting) -> Result<Envelope> {
-        let mut position = waiting.position;
+        let mut position = self.fold.lock().position(&waiting.parked.id).or(waiting.position);
         if position.is_none() {
             // The confirm named no offset: it is where we read it.
             self.read_on().await?;
@@ -224,7 +246,13 @@ impl Place {
     /// Whether the log is to be rewritten: it is long, and not because of what is pending.
     pub(super) fn is_long(&self, sweep_after: usize) -> bool {
         let fold = self.fold.lock();
-        fold.next - fold.low > sweep_after.max(2 * fold.n_pending()) as u64
+        let is_due = self.sweep_after.lock().is_none_or(|at| Instant::now() >= at);
+        is_due && fold.next - fold.low > sweep_after.max(2 * (fold.n_pending() + fold.begun().len())) as u64
+    }
+
+    /// Leaves the log as it is for a while, after a sweep that failed.
+    pub(super) fn sweep_later(&self) {
+        *self.sweep_after.lock() = Some(Instant::now() + SWEEP_PAUSE);
     }
 
     /// Appends all that is pending once more, and moves the low-water mark up to what was read before.
@@ -236,13 +264,17 @@ impl Place {
         if !blind {
             self.read_on().await?;
         }
-        let (pending, begun, mut low) = {
+        let (pending, begun, mut low, n_said) = {
             let fold = self.fold.lock();
             if fold.is_fenced() && !blind {
                 return Ok(());
             }
-            (fold.all(), fold.begun(), fold.next)
+            (fold.all(), fold.begun(), fold.next, fold.n_said)
         };
+        // All of it can be read, or nothing is written.
+        for waiting in &pending {
+            self.body(waiting).await?;
+        }
         if planted(Bug::SweepMovesFirst) {
             self.move_low(low).await?;
         }
@@ -265,7 +297,9 @@ impl Place {
             low = self.end().await?;
         } else {
             self.read_on().await?;
-            if self.fold.lock().is_fenced() {
+            let fold = self.fold.lock();
+            // What an operator said meanwhile is not in the copies: the next sweep has it.
+            if fold.is_fenced() || fold.n_said != n_said {
                 return Ok(());
             }
         }
@@ -279,8 +313,13 @@ impl Place {
     }
 
     async fn move_low(&self, low: u64) -> Result<()> {
-        self.log.admin()?.seek(&self.log.group, &self.log.topic, self.partition, Offset(low)).await?;
+        let (admin, topic) = (self.log.admin()?, &self.log.topic);
+        admin.seek(&self.log.group, topic, self.partition, Offset(low)).await?;
         self.fold.lock().swept(low);
+        // What lies below is copied or ended; where records cannot be removed they only take room.
+        if let Err(error) = admin.purge(topic, self.partition, Offset(low)).await {
+            tracing::debug!(%error, %topic, "the swept part of the parking log stays");
+        }
         Ok(())
     }
 

@@ -68,9 +68,11 @@ pub(in crate::driver) enum Record {
     Swept,
     Redrive {
         sequence: Sequence,
+        id: EventId,
     },
     Resolve {
         sequence: Sequence,
+        id: EventId,
         reason: String,
     },
 }
@@ -118,8 +120,8 @@ pub(in crate::driver) fn control(record: &Record, slot: &Key, epoch: u64) -> Env
         Record::Takeover => ("takeover", None),
         Record::Release => ("release", None),
         Record::Swept => ("swept", None),
-        Record::Redrive { .. } => ("redrive", None),
-        Record::Resolve { .. } => ("resolve", None),
+        Record::Redrive { id, .. } => ("redrive", Some(id)),
+        Record::Resolve { id, .. } => ("resolve", Some(id)),
     };
     let envelope = Envelope::new("evt.parked", "/eventbus")
         .with_key(slot.clone())
@@ -134,8 +136,8 @@ pub(in crate::driver) fn control(record: &Record, slot: &Key, epoch: u64) -> Env
             let envelope = put_due(envelope.with_extension(ATTEMPTS, attempts.to_string()), *due);
             if *held { envelope.with_extension(HELD, "1") } else { envelope }
         }
-        Record::Redrive { sequence } => put_sequence(envelope, sequence),
-        Record::Resolve { sequence, reason } => {
+        Record::Redrive { sequence, .. } => put_sequence(envelope, sequence),
+        Record::Resolve { sequence, reason, .. } => {
             put_sequence(envelope.with_extension(REASON, reason), sequence)
         }
         _ => envelope,
@@ -174,9 +176,10 @@ pub(in crate::driver) fn parse(envelope: &Envelope) -> Option<Entry> {
         "takeover" => Record::Takeover,
         "release" => Record::Release,
         "swept" => Record::Swept,
-        "redrive" => Record::Redrive { sequence: sequence()? },
+        "redrive" => Record::Redrive { sequence: sequence()?, id: id()? },
         "resolve" => Record::Resolve {
             sequence: sequence()?,
+            id: id()?,
             reason: envelope.extension(REASON).unwrap_or_default().to_owned(),
         },
         _ => return None,
@@ -221,8 +224,9 @@ mod tests {
         entry(Record::Takeover);
         entry(Record::Release);
         entry(Record::Swept);
-        entry(Record::Redrive { sequence: Sequence::Key(Key::new(vec![0, 255, 10])) });
-        entry(Record::Resolve { sequence: Sequence::Event(id), reason: "paid by phone".into() });
+        entry(Record::Redrive { sequence: Sequence::Key(Key::new(vec![0, 255, 10])), id: id.clone() });
+        let sequence = Sequence::Event(id.clone());
+        entry(Record::Resolve { sequence, id, reason: "paid by phone".into() });
     }
 
     #[test]

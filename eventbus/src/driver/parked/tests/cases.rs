@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::super::ParkedKeys;
 use super::super::place::{Log, Place};
 use super::super::record::{self, Parked, Record, Sequence};
+use super::super::{HeldKey, ParkedKeys};
 use super::World;
 use crate::admin::{Offset, TopicSpec};
 use crate::backoff::Retry;
@@ -59,7 +59,9 @@ cases! {
     sweep_keeps_order_and_state,
     held_sequence_redrives_oldest_first,
     resolved_sequence_goes_on_without_it + true,
+    a_redrive_that_fails_leaves_its_key_held + true,
     full_parking_pauses_not_drops,
+    full_parking_leaves_workers_for_heads + true,
     outage_opens_breaker_and_parks_nothing,
     zombie_cannot_undo_done,
 }
@@ -402,7 +404,13 @@ async fn log(world: &World) -> Arc<Log> {
     let mark = crate::Subscription::group(topic.clone(), group()).with_start(Start::Earliest);
     let member = transport.subscribe(&mark).await.unwrap();
     member.close(std::time::Instant::now() + Duration::from_secs(5)).await.unwrap();
-    Arc::new(Log { publisher: transport.publisher().await.unwrap(), transport, topic, group: group() })
+    Arc::new(Log {
+        publisher: transport.publisher().await.unwrap(),
+        transport,
+        topic,
+        group: group(),
+        source: source(),
+    })
 }
 
 async fn gain(log: &Arc<Log>) -> Result<Place, String> {
@@ -507,14 +515,15 @@ async fn held_sequence_redrives_oldest_first(world: World) -> Ended {
     let keys = ParkedKeys::new(&world.bus, &source(), &group()).unwrap();
     let held = keys.held().await.map_err(|error| error.to_string())?;
     claim!(held.len() == 1 && held[0].n_waiting == 2 && held[0].attempts == 1, "{held:?}");
-    claim!(keys.redrive(&Key::new("nobody")).await.is_err(), "a key that is not held was redriven");
+    let nobody = HeldKey { key: Key::new("nobody"), ..held[0].clone() };
+    claim!(keys.redrive(&nobody).await.is_err(), "a key that is not held was redriven");
     // It fails again: it is held again, with nothing lost.
-    keys.redrive(&Key::new("k")).await.map_err(|error| error.to_string())?;
+    keys.redrive(&held[0]).await.map_err(|error| error.to_string())?;
     until(async || running.counts().dead_lettered == 2 && running.counts().held == 1).await?;
     running.stop().await.map_err(|error| error.to_string())?;
     shop.clear();
     // The command waits in the log for whoever starts next.
-    keys.redrive(&Key::new("k")).await.map_err(|error| error.to_string())?;
+    keys.redrive(&held[0]).await.map_err(|error| error.to_string())?;
     let running = start(&world, &shop, parking()).await;
     shop.until("ok", 4).await?;
     until(async || running.counts().parked == 0).await?;
@@ -526,12 +535,54 @@ async fn resolved_sequence_goes_on_without_it(world: World) -> Ended {
     let shop = Shop::default();
     let running = hold_a_key(&world, &shop).await?;
     let keys = ParkedKeys::new(&world.bus, &source(), &group()).unwrap();
-    keys.resolve(&Key::new("k"), "paid by phone").await.map_err(|error| error.to_string())?;
+    let held = keys.held().await.map_err(|error| error.to_string())?;
+    keys.resolve(&held[0], "paid by phone").await.map_err(|error| error.to_string())?;
     shop.until("ok", 3).await?;
     until(async || running.counts().parked == 0).await?;
     running.stop().await.map_err(|error| error.to_string())?;
     claim!(shop.all("ok") == ["other/0", "k/1", "k/2"], "{:?}", shop.all("ok"));
     Ok(())
+}
+
+async fn a_redrive_that_fails_leaves_its_key_held(world: World) -> Ended {
+    let shop = Shop::default();
+    let running = hold_a_key(&world, &shop).await?;
+    let keys = ParkedKeys::new(&world.bus, &source(), &group()).unwrap();
+    let held = keys.held().await.map_err(|error| error.to_string())?;
+    let again = event("k", "k/0").with_id(held[0].event.clone()).with_extension("evt-replay-group", "orders");
+    publish(&world, vec![again.clone()]).await;
+    until(async || running.counts().dead_lettered == 2 && lag(&world).await == 0).await?;
+    let counts = running.counts();
+    claim!((counts.held, counts.parked) == (1, 3), "a failed redrive freed the key: {counts:?}");
+    shop.clear();
+    publish(&world, vec![again]).await;
+    shop.until("ok", 4).await?;
+    until(async || running.counts().parked == 0).await?;
+    running.stop().await.map_err(|error| error.to_string())?;
+    in_order(&shop)
+}
+
+async fn full_parking_leaves_workers_for_heads(world: World) -> Ended {
+    let shop = Shop::default();
+    let one = NonZeroUsize::MIN;
+    for key in 0..12 {
+        shop.act(&format!("k{key}/0"), Act::Fail(2));
+    }
+    let service = Service::new("orders")
+        .retry(retry())
+        .lanes(one)
+        .parking(parking().with_max_keys(one))
+        .start_at(Start::Earliest)
+        .on(source(), handle)
+        .with_state(shop.clone());
+    let running = service.start(&world.bus).await.unwrap();
+    // More keys of each partition fail than may be parked, and there is one worker for all of them.
+    let events =
+        (0..2).flat_map(|n| (0..12).map(move |key| event(&format!("k{key}"), &format!("k{key}/{n}"))));
+    publish(&world, events.collect()).await;
+    shop.until("ok", 24).await?;
+    running.stop().await.map_err(|error| error.to_string())?;
+    in_order(&shop)
 }
 
 async fn full_parking_pauses_not_drops(world: World) -> Ended {
