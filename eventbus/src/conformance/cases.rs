@@ -90,6 +90,7 @@ macro_rules! __conformance_list {
             S9 missing_topic_is_typed []
             S10 unsupported_is_refused_at_subscribe []
             S11 history_then_tail_once []
+            S12 dropped_subscribe_leaves_no_member []
             C1 poll_never_exceeds_max []
             C2 dropped_consumer_loses_nothing []
             C3 settled_is_not_redelivered []

@@ -206,6 +206,37 @@ pub(super) async fn subscribe_returns_ready(mut cx: Cx) -> Checked {
     Ok(())
 }
 
+pub(super) async fn dropped_subscribe_leaves_no_member(mut cx: Cx) -> Checked {
+    let transport = cx.connect().await?;
+    let (topic, group) = (cx.topic("dropped")?, cx.group("g")?);
+    cx.join(&transport, &topic, &group).await?.close().await?;
+    for round in 0..cx.size(12, 60) {
+        let subscription = cx.subscription(&transport, &topic, &group);
+        let mut joining = transport.subscribe(&subscription);
+        // Dropped after more and more of its way.
+        for step in 0..=round % 6 {
+            if step > 0 {
+                tokio::task::yield_now().await;
+            }
+            let polled =
+                std::future::poll_fn(|task| std::task::Poll::Ready(joining.as_mut().poll(task))).await;
+            if polled.is_ready() {
+                break;
+            }
+        }
+    }
+    // A member that nobody has would keep its partitions for a session.
+    let mut member = cx.join(&transport, &topic, &group).await?;
+    member.idle = cx.settings().quiet * 5;
+    let events = cx.events(60, 60);
+    publish(&transport.publisher().await?, &topic, &events).await?;
+    let mut book = Book::new(&events);
+    let got = member.take(events.len()).await?;
+    book.record_all(&got)?;
+    member.ack(&got).await?;
+    book.exactly_once()
+}
+
 pub(super) async fn missing_topic_is_typed(mut cx: Cx) -> Checked {
     let transport = cx.connect().await?;
     let topic = cx.topic("missing")?;

@@ -92,6 +92,7 @@ mutants! {
     // Groups.
     ForgetsPosition "forgets_position" on Strong: "S3" "C3";
     StartIgnored "start_ignored" on Strong: "S7" "R1";
+    GhostSubscribe "ghost_subscribe" on Plain: "S12";
     EarlySubscribe "early_subscribe" on Plain: "S8";
     SilentMissingTopic "silent_missing_topic" on Plain: "S9";
     HistoryGap "history_gap" on Strong: "S11" "S7";

@@ -127,6 +127,19 @@ impl Transport for Mutant {
         }
         let subscription = self.altered(subscription).await?;
         let consumer = MutantConsumer::new(self.shared.clone(), subscription);
+        if self.shared.is(Defect::GhostSubscribe) {
+            let (sender, receiver) = tokio::sync::oneshot::channel();
+            tokio::spawn(async move {
+                consumer.inner().await?;
+                // Nobody listens any more: it stays, and nobody has it.
+                if let Err(ghost) = sender.send(consumer) {
+                    std::mem::forget(ghost);
+                }
+                Ok::<_, Error>(())
+            });
+            let gone = |_| Error::new(ErrorKind::Closed, "the task is gone");
+            return Ok(Arc::new(receiver.await.map_err(gone)?));
+        }
         if !self.shared.is(Defect::EarlySubscribe) {
             consumer.inner().await?;
         }

@@ -211,7 +211,13 @@ impl Transport for Sqlite {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Arc<dyn Consumer>> {
         self.store.is_open()?;
         subscription.check(&self.capabilities())?;
-        let consumer = SqliteConsumer::join(self.store.clone(), subscription).await?;
+        // On a task of its own: a caller that goes away in the middle leaves a member that is whole, and that
+        // leaves the group when the task's result is dropped.
+        let (store, wanted) = (self.store.clone(), subscription.clone());
+        let joining = tokio::spawn(async move { SqliteConsumer::join(store, &wanted).await });
+        let consumer = joining.await.map_err(|error| {
+            Error::new(ErrorKind::Unexpected, "joining was interrupted").caused_by(error)
+        })??;
         let mut consumers = self.consumers.lock();
         consumers.retain(|known| known.strong_count() > 0);
         consumers.push(Arc::downgrade(&consumer));
