@@ -73,8 +73,12 @@ pub(super) async fn cancelled_poll_strands_nothing(mut cx: Cx) -> Checked {
     let events = cx.events(cx.size(300, 1_000), 10);
     let (publisher, topic, batch) = (s.publisher.clone(), s.topic.clone(), events.clone());
     let publishing = tokio::spawn(async move {
-        for event in batch {
+        for (at, event) in batch.into_iter().enumerate() {
             publisher.enqueue(&topic, vec![event]).await?.await.single()?;
+            // In bursts with pauses, so that polls wait, and can be cancelled, however fast the store is.
+            if at % 16 == 15 {
+                pass(Duration::from_millis(3)).await;
+            }
             tokio::task::yield_now().await;
         }
         Ok::<_, crate::Error>(())
