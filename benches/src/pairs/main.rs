@@ -386,27 +386,7 @@ async fn group_commit() -> Anyhow<()> {
         let each = (20_000 / n_producers).clamp(50, 2_000);
         let commits = sqlite.n_commits();
         let started = Instant::now();
-        let mut producing = Vec::new();
-        for producer in 0..n_producers {
-            let (publisher, topic) = (sqlite.publisher().await?, topic.clone());
-            producing.push(tokio::spawn(async move {
-                let mut latencies = Vec::with_capacity(each);
-                for n in 0..each {
-                    let started = Instant::now();
-                    publisher
-                        .enqueue(&topic, vec![event((producer * each + n) as u64)])
-                        .await?
-                        .await
-                        .single()?;
-                    latencies.push(started.elapsed());
-                }
-                eventbus::Result::<Vec<Duration>>::Ok(latencies)
-            }));
-        }
-        let mut latencies = Vec::new();
-        for producer in producing {
-            latencies.extend(producer.await??);
-        }
+        let mut latencies = times::awaiting(&sqlite, &topic, n_producers, each).await?;
         let took = started.elapsed().as_secs_f64();
         latencies.sort();
         let n = latencies.len() as f64;

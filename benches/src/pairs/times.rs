@@ -17,6 +17,34 @@ use tokio::sync::Notify;
 
 use crate::{Anyhow, event};
 
+/// Producers that each wait for their confirm before they go on: how long each event took.
+pub(crate) async fn awaiting(
+    sqlite: &Sqlite,
+    topic: &Topic,
+    n_producers: usize,
+    each: usize,
+) -> Anyhow<Vec<Duration>> {
+    let mut producing = Vec::new();
+    for producer in 0..n_producers {
+        let (publisher, topic) = (sqlite.publisher().await?, topic.clone());
+        producing.push(tokio::spawn(async move {
+            let mut latencies = Vec::with_capacity(each);
+            for n in 0..each {
+                let started = Instant::now();
+                let batch = vec![event((producer * each + n) as u64)];
+                publisher.enqueue(&topic, batch).await?.await.single()?;
+                latencies.push(started.elapsed());
+            }
+            eventbus::Result::<Vec<Duration>>::Ok(latencies)
+        }));
+    }
+    let mut latencies = Vec::new();
+    for producer in producing {
+        latencies.extend(producer.await??);
+    }
+    Ok(latencies)
+}
+
 /// Producers that each wait for their confirm, on a disk whose sync takes a known time.
 pub(crate) async fn injected_sync() -> Anyhow<()> {
     println!(
@@ -36,24 +64,7 @@ pub(crate) async fn injected_sync() -> Anyhow<()> {
             let n_syncs = disk.n_syncs();
             let each = 200;
             let started = Instant::now();
-            let mut producing = Vec::new();
-            for producer in 0..n_producers {
-                let (publisher, topic) = (sqlite.publisher().await?, topic.clone());
-                producing.push(tokio::spawn(async move {
-                    let mut latencies = Vec::with_capacity(each);
-                    for n in 0..each {
-                        let started = Instant::now();
-                        let batch = vec![event((producer * each + n) as u64)];
-                        publisher.enqueue(&topic, batch).await?.await.single()?;
-                        latencies.push(started.elapsed());
-                    }
-                    eventbus::Result::<Vec<Duration>>::Ok(latencies)
-                }));
-            }
-            let mut latencies = Vec::new();
-            for producer in producing {
-                latencies.extend(producer.await??);
-            }
+            let mut latencies = awaiting(&sqlite, &topic, n_producers, each).await?;
             let took = started.elapsed().as_secs_f64();
             // The sleep that stands for the sync takes as long as the machine's timer makes it.
             let real = real_sleep(sync).as_secs_f64();

@@ -17,6 +17,7 @@ use super::parked::planted::{Bug, planted};
 use super::parked::record::{Parked as ParkedEvent, Sequence};
 use super::parked::{Head, Meets, Parked, Place, Waiting};
 use super::subscribed::Subscribed;
+use super::{MAX_PAUSE, PAUSE};
 use crate::envelope::{Envelope, extension};
 use crate::error::{Class, ErrorKind, Result};
 use crate::extract::Context;
@@ -27,10 +28,6 @@ use crate::outcome::{IntoOutcome, Outcome};
 use crate::parking::{Followers, Waits};
 use crate::service::{BoundRoute, Handling};
 use crate::transport::{Content, Delivery, Settle, Token};
-
-/// Pause after a failure of the transport itself, and its longest.
-const PAUSE: Duration = Duration::from_millis(50);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// How long a parked event waits whose body cannot be read.
 const UNREADABLE: Duration = Duration::from_secs(30);
@@ -78,18 +75,15 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
         Content::Undecodable(bad) => {
             let failure = Failure::poison("undecodable", &bad.reason);
             let claim = Claim::Delivery(delivery.token);
-            return match bury_until(subscribed, &delivery, "", &failure, claim).await {
-                Ok(()) => Settle::Ack,
-                Err(settle) => settle,
-            };
+            let buried = bury_until(subscribed, &delivery, "", &failure, claim).await;
+            return buried.err().unwrap_or(Settle::Ack);
         }
     };
     let Some(route) = subscribed.route(&envelope) else {
         subscribed.counters.unknown.fetch_add(1, Atomic::Relaxed);
         return Settle::Ack;
     };
-    let context =
-        Context { topic: subscribed.topic.clone(), group: subscribed.group.clone(), delivery, envelope };
+    let context = subscribed.context(delivery, envelope);
     if subscribed.is_expired(&context.envelope) {
         return Settle::Ack;
     }
@@ -140,8 +134,7 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
         match (route, plain) {
             (Some(route @ BoundRoute { handling: Handling::Batch { handler, .. }, .. }), Some(envelope)) => {
                 batch = Some((route, handler));
-                let (topic, group) = (subscribed.topic.clone(), subscribed.group.clone());
-                contexts.push(Context { topic, group, delivery: one, envelope });
+                contexts.push(subscribed.context(one, envelope));
                 places.push(at);
             }
             _ => settles[at] = delivery(subscribed, one).await,
@@ -279,9 +272,7 @@ async fn fresh_told(
         if failure.class() != Class::Transient || attempt >= retry.attempts.get() {
             break give_up(subscribed, route, &context, parking, &failure).await;
         }
-        subscribed.counters.retried.fetch_add(1, Atomic::Relaxed);
-        tracing::debug!(%failure, attempt, topic = %subscribed.topic, handler = route.name, "waits for another attempt");
-        let after = failure.delay().unwrap_or_else(|| retry.delay(attempt, fastrand::f64()));
+        let after = subscribed.next_attempt(route.name, &failure, attempt);
         match (subscribed.waits, parking) {
             (Waits::Transport, _) => break Settle::Retry { after: Some(after) },
             (Waits::Log, Some((parked, place))) => {
@@ -349,8 +340,7 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
     let delivery = Delivery::new(Token::new(0, 0), place.partition, Content::Envelope(envelope.clone()))
         .with_offset(parked.origin)
         .with_attempt(NonZeroU32::new(attempt).unwrap_or(NonZeroU32::MIN));
-    let context =
-        Context { topic: subscribed.topic.clone(), group: subscribed.group.clone(), delivery, envelope };
+    let context = subscribed.context(delivery, envelope);
     let failure = if parked.attempts >= retry.attempts.get() {
         // Its last run was begun and never ended.
         let runs = parked.attempts;
@@ -364,8 +354,7 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
         }
     };
     if failure.class() == Class::Transient && attempt < retry.attempts.get() {
-        subscribed.counters.retried.fetch_add(1, Atomic::Relaxed);
-        let after = failure.delay().unwrap_or_else(|| retry.delay(attempt, fastrand::f64()));
+        let after = subscribed.next_attempt(route.name, &failure, attempt);
         let due = SystemTime::now().checked_add(after);
         let waits = Note::Attempt { attempts: attempt, due, held: false };
         note(subscribed, place, claim, id, waits).await;
@@ -403,7 +392,7 @@ async fn park(
         held,
     };
     let claim = Claim::Delivery(token);
-    while !held && !parked.has_room(place, &event.sequence) {
+    if !held && !parked.has_room(place, &event.sequence) {
         if planted(Bug::DropsOverBound) {
             return Settle::Ack;
         }
@@ -429,10 +418,8 @@ async fn park(
         if matches!(error.kind(), ErrorKind::TooLarge | ErrorKind::Invalid) {
             // With its marks it is above the limit: it cannot wait, so it is an operator's.
             let failure = Failure::permanent("parking.too_large", &error);
-            return match bury_until(subscribed, &context.delivery, "", &failure, claim).await {
-                Ok(()) => Settle::Ack,
-                Err(settle) => settle,
-            };
+            let buried = bury_until(subscribed, &context.delivery, "", &failure, claim).await;
+            return buried.err().unwrap_or(Settle::Ack);
         }
         tracing::warn!(%error, topic = %subscribed.topic, id = %event.id, "the event could not be parked; trying again");
         if !claim.sleep(subscribed, pause).await {

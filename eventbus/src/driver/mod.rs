@@ -27,6 +27,10 @@ pub(crate) use self::subscribed::Subscribed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
 
+/// Pause after a failure of the transport itself, and its longest.
+const PAUSE: Duration = Duration::from_millis(50);
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
 /// What a service has done so far, over all its topics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]

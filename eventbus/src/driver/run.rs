@@ -11,7 +11,9 @@ use tokio::time::Instant;
 
 use super::handle;
 use super::lanes::{Lane, Work};
+use super::layers::metrics::Meters;
 use super::subscribed::Subscribed;
+use super::{MAX_PAUSE, PAUSE};
 use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
@@ -21,9 +23,6 @@ use crate::transport::{Delivery, Polled, Settle, Token};
 const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
 /// Outcomes settled in one call.
 const SETTLE_BATCH: usize = 256;
-/// Pause after a failure of the transport itself, and its longest.
-const PAUSE: Duration = Duration::from_millis(50);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// How often gauges are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
@@ -50,7 +49,9 @@ pub(super) async fn run(
         renewing.spawn(renew(subscribed.clone(), every));
     }
     let mut parking = JoinSet::new();
-    parking.spawn(report(subscribed.clone()));
+    if Meters::ARE_ON {
+        parking.spawn(report(subscribed.clone()));
+    }
     parking.spawn(heads(subscribed.clone()));
     parking.spawn(keep_parked(subscribed.clone()));
     let ended = intake(&subscribed, &returning, &mut stop).await;
@@ -245,21 +246,22 @@ async fn work(subscribed: Arc<Subscribed>, settling: Settling) {
         let mut next = Some(work);
         while let Some(work) = next {
             match work {
-                Work::Delivery(delivery) if subscribed.batch_of(&delivery) > 1 => {
-                    let max = subscribed.batch_of(&delivery) - 1;
-                    let more =
-                        subscribed.lanes.take_more(max, |other| subscribed.go_together(&delivery, other));
+                Work::Delivery(delivery) => {
+                    let max = subscribed.batch_of(&delivery);
+                    let more = max.map_or(Vec::new(), |max| {
+                        subscribed.lanes.take_more(max, |other| subscribed.go_together(&delivery, other))
+                    });
                     let others: Vec<Lane> = more.iter().map(|(lane, _)| *lane).collect();
-                    let all = std::iter::once((lane, delivery)).chain(more).collect();
-                    if !deliver_batch(&subscribed, &settling, all).await {
+                    let goes_on = if max.is_some() {
+                        let all = std::iter::once((lane, delivery)).chain(more).collect();
+                        deliver_batch(&subscribed, &settling, all).await
+                    } else {
+                        deliver(&subscribed, &settling, &lane, delivery).await
+                    };
+                    if !goes_on {
                         return;
                     }
                     others.iter().for_each(|lane| subscribed.lanes.pass_on(lane));
-                }
-                Work::Delivery(delivery) => {
-                    if !deliver(&subscribed, &settling, &lane, delivery).await {
-                        return;
-                    }
                 }
                 Work::Head(head) => {
                     if let Some(parked) = &subscribed.parked {

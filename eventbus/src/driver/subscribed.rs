@@ -20,6 +20,8 @@ use crate::bus::Bus;
 use crate::capability::{Capabilities, Lease, Ordering, Replay};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
+use crate::extract::Context;
+use crate::failure::Failure;
 use crate::name::{Group, Topic};
 use crate::observer::{Observer, Watched};
 use crate::parking::{Followers, Parking, Waits};
@@ -33,6 +35,8 @@ pub(crate) struct Subscribed {
     pub(super) group: Group,
     pub(super) dead_letters: Topic,
     pub(super) routes: Vec<BoundRoute>,
+    /// Whether one of them takes batches.
+    batches: bool,
     pub(super) policy: Policy,
     pub(super) source: String,
     pub(super) consumer: Arc<dyn Consumer>,
@@ -106,6 +110,7 @@ impl Subscribed {
             dead_letters: topic.dead_letters()?,
             source: format!("/{group}"),
             group: group.clone(),
+            batches: routes.iter().any(|route| matches!(route.handling, Handling::Batch { .. })),
             routes,
             policy: policy.clone(),
             publisher,
@@ -148,6 +153,18 @@ impl Subscribed {
         if self.ordered { Sequence::of(envelope) } else { Sequence::Event(envelope.id().clone()) }
     }
 
+    /// A delivery on its way to a handler.
+    pub(super) fn context(&self, delivery: Delivery, envelope: Envelope) -> Context {
+        Context { topic: self.topic.clone(), group: self.group.clone(), delivery, envelope }
+    }
+
+    /// Counts a retry, and says how long until then.
+    pub(super) fn next_attempt(&self, handler: &str, failure: &Failure, attempt: u32) -> Duration {
+        self.counters.retried.fetch_add(1, Atomic::Relaxed);
+        tracing::debug!(%failure, attempt, topic = %self.topic, handler, "waits for another attempt");
+        failure.delay().unwrap_or_else(|| self.policy.retry.delay(attempt, fastrand::f64()))
+    }
+
     /// Whether the producer said that nobody needs the event any more.
     pub(super) fn is_expired(&self, envelope: &Envelope) -> bool {
         let expired = envelope.expiry().is_some_and(|end| end <= std::time::SystemTime::now());
@@ -183,11 +200,15 @@ impl Subscribed {
         deliveries
     }
 
-    /// How many events a call of the batch handler for this one may hold; 1 if there is none.
-    pub(super) fn batch_of(&self, delivery: &Delivery) -> usize {
-        match delivery.content.envelope().and_then(|envelope| self.route(envelope)) {
-            Some(BoundRoute { handling: Handling::Batch { max, .. }, .. }) => max.get(),
-            _ => 1,
+    /// How many others may go with this one in a call of its batch handler, if it has one.
+    pub(super) fn batch_of(&self, delivery: &Delivery) -> Option<usize> {
+        // Most services have none, and need not look for the route twice.
+        if !self.batches {
+            return None;
+        }
+        match self.route(delivery.content.envelope()?)?.handling {
+            Handling::Batch { max, .. } if max.get() > 1 => Some(max.get() - 1),
+            _ => None,
         }
     }
 

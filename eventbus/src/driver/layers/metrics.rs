@@ -48,6 +48,9 @@ struct Route {
     allow(clippy::unused_self, unused_variables, reason = "a switched-off feature")
 )]
 impl Meters {
+    /// Whether somebody may read them.
+    pub(in crate::driver) const ARE_ON: bool = cfg!(feature = "metrics");
+
     /// Registers the meters: with the recorder that is installed at this moment.
     pub(in crate::driver) fn new(
         topic: &Topic,

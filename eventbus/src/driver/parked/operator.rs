@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::fold::{Fold, Now};
+use super::place::{self, PAGE};
 use super::record::{self, Record, Sequence};
 use crate::admin::{Admin, Offset};
 use crate::bus::Bus;
@@ -10,9 +11,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::id::EventId;
 use crate::name::{Group, Key, Topic};
 use crate::partition::PartitionId;
-
-/// Records that one read brings.
-const PAGE: usize = 512;
 
 /// A key whose later events wait, because one of its events was dead-lettered.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,10 +69,9 @@ impl<'a> ParkedKeys<'a> {
             let mark = groups.iter().find(|g| g.group == self.group && g.partition == known.partition);
             let mut fold = Fold::from(mark.map_or(known.first, |mark| mark.settled).0);
             loop {
-                let records = admin.read(&self.parked, known.partition, Offset(fold.next), PAGE).await?;
-                for record in &records {
-                    let entry = record.content.envelope().and_then(record::parse);
-                    fold.read(record.offset.0, entry, Now::get());
+                let records = place::page(admin, &self.parked, known.partition, fold.next).await?;
+                for (position, envelope) in &records {
+                    fold.read(*position, record::parse(envelope), Now::get());
                 }
                 if records.len() < PAGE {
                     break;
@@ -123,7 +120,7 @@ impl<'a> ParkedKeys<'a> {
                 .with("topic", &self.topic)
                 .with("group", &self.group));
         }
-        let slot = super::place::slot(self.admin()?, &self.parked, held.partition).await?;
+        let slot = place::slot(self.admin()?, &self.parked, held.partition).await?;
         let record = record::control(&record, &slot, 0);
         let publisher = self.bus.transport().publisher().await?;
         publisher.enqueue(&self.parked, vec![record]).await?.await.single().map(drop)

@@ -19,7 +19,7 @@ use crate::partition::PartitionId;
 use crate::transport::{Publisher, Transport};
 
 /// Records that one read brings.
-const PAGE: usize = 512;
+pub(super) const PAGE: usize = 512;
 
 /// Pause after a sweep that failed.
 const SWEEP_PAUSE: Duration = Duration::from_secs(30);
@@ -49,6 +49,27 @@ impl Log {
         }
         Ok(receipt.offset)
     }
+}
+
+/// Reads on in a parking log; fewer than [`PAGE`] records are the end of it.
+///
+/// # Errors
+/// Corrupt if a record cannot be read: it may be the only copy of an event, so nothing is skipped.
+pub(super) async fn page(
+    admin: &dyn Admin,
+    topic: &Topic,
+    partition: PartitionId,
+    from: u64,
+) -> Result<Vec<(u64, Envelope)>> {
+    let records = admin.read(topic, partition, Offset(from), PAGE).await?;
+    let readable = |record: crate::admin::Record| match record.content.envelope() {
+        Some(envelope) => Ok((record.offset.0, envelope.clone())),
+        None => Err(Error::new(ErrorKind::Corrupt, "the parking log is damaged: a record cannot be read")
+            .with("topic", topic)
+            .with("partition", partition)
+            .with("offset", record.offset)),
+    };
+    records.into_iter().map(readable).collect()
 }
 
 /// A key that leads to a partition, for records that belong there whatever they are about.
@@ -188,26 +209,15 @@ impl Place {
         let _one_at_a_time = self.reading.lock().await;
         loop {
             let next = self.fold.lock().next;
-            let records = self.log.admin()?.read(&self.log.topic, self.partition, Offset(next), PAGE).await?;
+            let records = page(self.log.admin()?, &self.log.topic, self.partition, next).await?;
             let (n_records, now) = (records.len(), Now::get());
             let mut fold = self.fold.lock();
-            for record in records {
-                let position = record.offset.0;
-                let Some(envelope) = record.content.envelope() else {
-                    // It may be the only copy of an event: nothing is skipped.
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        "the parking log is damaged: a record cannot be read",
-                    )
-                    .with("topic", &self.log.topic)
-                    .with("partition", self.partition)
-                    .with("offset", position));
-                };
-                let ours = takeover.is_some_and(|id| envelope.id() == id);
+            for (position, envelope) in records {
+                let ours = takeover == Some(envelope.id());
                 if ours && planted(Bug::ForgetsParkedOnTakeover) {
                     *fold = Fold::from(position);
                 }
-                fold.read(position, record::parse(envelope), now);
+                fold.read(position, record::parse(&envelope), now);
                 if ours {
                     fold.begin(position);
                 }
