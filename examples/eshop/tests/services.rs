@@ -96,7 +96,7 @@ async fn a_checkout_that_nobody_can_read_is_a_dead_letter_and_no_order() {
 #[tokio::test]
 async fn every_order_ends_paid_and_shipped_or_cancelled() {
     let (test, shop) = (TestBus::new(), shop());
-    shop.store.run(|tables| catalog::stock_up(tables, &[(1, 7)])).await.unwrap();
+    shop.store.run(|tables| catalog::stock_up(tables, &[(1, 6), (2, 1)])).await.unwrap();
     let bus = test.bus();
     let services = [
         basket::start(bus, &shop).await.unwrap(),
@@ -107,17 +107,24 @@ async fn every_order_ends_paid_and_shipped_or_cancelled() {
         payment::start(bus, &shop).await.unwrap(),
         notification::start(bus, &shop).await.unwrap(),
     ];
-    // Eight pieces of seven: one order goes empty. The provider declines order 5, which sets one free again.
-    for order in 1..=8 {
-        let event =
-            UserCheckoutAccepted { order, buyer: order % 3, product: 1, quantity: 1, amount_cents: 500 };
+    let order = async |order: u64, product: u32| {
+        let (buyer, quantity, amount_cents) = (order % 3, 1, 500);
+        let event = UserCheckoutAccepted { order, buyer, product, quantity, amount_cents };
         test.publish(&shop.topics.checkouts, &event).await.unwrap();
+    };
+    // Seven orders for six pieces: one goes empty. The provider declines order 5, which had the only other one.
+    for (number, product) in [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 1), (7, 1), (8, 1)] {
+        order(number, product).await;
     }
-    let shipped = test.wait_for::<OrderStatusChangedToShipped>(&shop.topics.status, 6).await.unwrap();
+    test.wait_for::<OrderStatusChangedToShipped>(&shop.topics.status, 6).await.unwrap();
     test.wait_for::<OrderStatusChangedToCancelled>(&shop.topics.status, 2).await.unwrap();
     test.settle().await.unwrap();
+    // The piece that order 5 gave back is for sale again.
+    order(9, 2).await;
+    let shipped = test.wait_for::<OrderStatusChangedToShipped>(&shop.topics.status, 7).await.unwrap();
+    test.settle().await.unwrap();
     let paid = test.published::<OrderStatusChangedToPaid>(&shop.topics.paid).await.unwrap();
-    assert_eq!((shipped.len(), paid.len()), (6, 6), "{:?}", test.story("orders"));
+    assert_eq!((shipped.len(), paid.len()), (7, 7), "{:?}", test.story("orders"));
     for service in services {
         service.stop().await.unwrap();
     }
