@@ -282,6 +282,12 @@ impl Envelope {
     /// [`Invalid`](ErrorKind::Invalid) for an empty or hostile attribute, [`TooLarge`](ErrorKind::TooLarge)
     /// above `max_bytes` or a header bound. Both are permanent.
     pub fn admit(self, max_bytes: usize) -> Result<Self> {
+        self.check(max_bytes)?;
+        Ok(self.strip().unwrap_or(self))
+    }
+
+    /// Checks the bounds; returns the size.
+    pub(crate) fn check(&self, max_bytes: usize) -> Result<usize> {
         let inner = &*self.0;
         check_attribute("type", &inner.event_type, 1)?;
         check_attribute("source", &inner.source, 1)?;
@@ -321,11 +327,14 @@ impl Envelope {
                 .with("max_bytes", max_bytes)
                 .with("id", &inner.id));
         }
-        if inner.headers.iter().any(|(name, _)| header::is_reserved(name)) {
-            let kept = inner.headers.without(header::is_reserved);
-            return Ok(self.with_headers(kept));
-        }
-        Ok(self)
+        Ok(size)
+    }
+
+    /// Returns the event without reserved user headers, if it has any.
+    pub(crate) fn strip(&self) -> Option<Self> {
+        let headers = &self.0.headers;
+        let has_reserved = headers.iter().any(|(name, _)| header::is_reserved(name));
+        has_reserved.then(|| self.clone().with_headers(headers.without(header::is_reserved)))
     }
 }
 
@@ -334,7 +343,9 @@ fn check_attribute(what: &'static str, text: &str, min: usize) -> Result<()> {
         return Err(Error::invalid(format!("{what} must have {min} to {MAX_ATTRIBUTE_BYTES} bytes"))
             .with("bytes", text.len()));
     }
-    if text.chars().any(char::is_control) {
+    // Most texts are ASCII, which is looked at faster by bytes.
+    let is_plain = text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if !is_plain && text.chars().any(char::is_control) {
         return Err(Error::invalid(format!("{what} holds a control character")));
     }
     Ok(())

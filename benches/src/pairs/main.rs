@@ -54,6 +54,11 @@ fn event(n: u64) -> Envelope {
         .with_payload(body)
 }
 
+/// Whether a line of the tables is to be measured: those whose name holds the first argument, or all.
+fn is_wanted(name: &str) -> bool {
+    std::env::args().nth(1).is_none_or(|only| name.contains(&only))
+}
+
 /// One side of a pair: handles `n` events and returns how long it took.
 async fn timed<F: Future<Output = Anyhow<()>>>(work: F) -> Anyhow<f64> {
     let started = Instant::now();
@@ -68,6 +73,9 @@ where
     FA: Future<Output = Anyhow<f64>>,
     FB: Future<Output = Anyhow<f64>>,
 {
+    if !is_wanted(name) {
+        return Ok(());
+    }
     raw().await?;
     ours().await?;
     let (mut ratios, mut raw_rates, mut our_rates) = (Vec::new(), Vec::new(), Vec::new());
@@ -146,6 +154,19 @@ async fn raw_channel(events: &[Envelope], decode: bool) -> Anyhow<f64> {
         Ok(())
     })
     .await
+}
+
+/// Runs one side on a thread of its own, and nothing beside it.
+async fn on_one_thread<F, W>(work: W) -> Anyhow<f64>
+where
+    W: FnOnce() -> F + Send + 'static,
+    F: Future<Output = Anyhow<f64>>,
+{
+    tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(work())
+    })
+    .await?
 }
 
 async fn memory_service(events: &[Envelope], batch: usize, typed: bool) -> Anyhow<f64> {
@@ -401,11 +422,10 @@ async fn group_commit() -> Anyhow<()> {
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Anyhow<()> {
     // First, in a process that has not used memory yet.
-    println!("| path | bar | measured | |\n|---|---|---|---|");
-    stalled().await?;
-    println!();
-    if std::env::args().any(|argument| argument == "sync") {
-        return injected_sync().await;
+    if is_wanted("stalled consumer") {
+        println!("| path | bar | measured | |\n|---|---|---|---|");
+        stalled().await?;
+        println!();
     }
     let events: Vec<Envelope> = (0..200_000).map(event).collect();
     let n = events.len();
@@ -413,6 +433,22 @@ async fn main() -> Anyhow<()> {
     let raw = || raw_channel(&events, false);
     pair("memory, transport alone, one at a time", 0.90, n, raw, || memory_raw_consumer(&events, 1)).await?;
     pair("memory, transport alone, batch 64", 1.70, n, raw, || memory_raw_consumer(&events, 64)).await?;
+    let shared = Arc::new(events.clone());
+    let raw = || {
+        let events = shared.clone();
+        on_one_thread(async move || raw_channel(&events, false).await)
+    };
+    pair("memory, transport alone, batch 64, one thread", 3.0, n, raw, || {
+        let events = shared.clone();
+        on_one_thread(async move || memory_raw_consumer(&events, 64).await)
+    })
+    .await?;
+    pair("memory, service on the undecoded body, batch 64, one thread", 3.0, n, raw, || {
+        let events = shared.clone();
+        on_one_thread(async move || memory_service(&events, 64, false).await)
+    })
+    .await?;
+    let raw = || raw_channel(&events, false);
     pair("memory, service on the undecoded body, one at a time", 0.90, n, raw, || {
         memory_service(&events, 1, false)
     })
@@ -458,10 +494,17 @@ async fn main() -> Anyhow<()> {
         let name = format!("SQLite, 1 % of keys failing ({name}), rate of the others");
         pair(&name, 0.95, some.len(), || run(false), || run(true)).await?;
     }
-    group_commit().await?;
-    injected_sync().await?;
-    println!("\n| path | bar | measured | |\n|---|---|---|---|");
-    trickle("memory", memory_bus()).await?;
-    let (_folder, bus) = sqlite_bus().await?;
-    trickle("SQLite", bus).await
+    if is_wanted("awaiting producers") {
+        group_commit().await?;
+    }
+    if is_wanted("sync") {
+        injected_sync().await?;
+    }
+    if is_wanted("trickle") {
+        println!("\n| path | bar | measured | |\n|---|---|---|---|");
+        trickle("memory", memory_bus()).await?;
+        let (_folder, bus) = sqlite_bus().await?;
+        trickle("SQLite", bus).await?;
+    }
+    Ok(())
 }

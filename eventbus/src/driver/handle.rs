@@ -11,6 +11,7 @@ use tracing::Instrument;
 use super::layers::breaker::Pass;
 use super::layers::dead_letter;
 use super::layers::limit::limited;
+use super::layers::metrics::Meters;
 use super::layers::trace::{self, Hop};
 use super::outputs;
 use super::parked::planted::{Bug, planted};
@@ -150,7 +151,7 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
     if pass == Pass::Stopped {
         return settles;
     }
-    let started = Instant::now();
+    let started = Meters::clock();
     let outcomes: Vec<Option<Outcome>> = match limited(subscribed.policy.timeout, handler.call(&contexts))
         .await
         .and_then(|ran| ran)
@@ -501,7 +502,7 @@ async fn run(
                 return Ended::Stopped;
             }
         }
-        let (started, hop) = (Instant::now(), Hop::begin(context));
+        let (started, hop) = (Meters::clock(), Hop::begin(context));
         let outcome = run_once(subscribed, route, context, hop).await;
         let Some(failure) = conclude(subscribed, route, context, outcome, hop, started).await else {
             return Ended::Done;
@@ -533,7 +534,7 @@ async fn conclude(
     context: &Context,
     outcome: Outcome,
     hop: Option<Hop>,
-    started: Instant,
+    started: Option<Instant>,
 ) -> Option<Failure> {
     let n_sent = outcome.outputs.len();
     let failure = match outcome.verdict {
@@ -544,7 +545,10 @@ async fn conclude(
         Err(failure) => Some(failure),
     };
     let class = failure.as_ref().map(Failure::class);
-    subscribed.meters.ran(route.name, started.elapsed(), class, if class.is_none() { n_sent } else { 0 });
+    if let Some(started) = started {
+        let n_sent = if class.is_none() { n_sent } else { 0 };
+        subscribed.meters.ran(route.name, started.elapsed(), class, n_sent);
+    }
     if failure.is_none() {
         subscribed.breaker.succeeded();
         subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);

@@ -79,7 +79,20 @@ struct Inner {
     ready: VecDeque<(Lane, Work)>,
     /// Lanes whose event was handed back: nothing later runs before that event is here again.
     paused: ByLane<(PartitionId, Option<Offset>)>,
+    /// Workers that wait for work and that nobody has woken yet.
+    n_asleep: usize,
     closed: bool,
+}
+
+impl Inner {
+    /// Frees a lane; returns what waited behind.
+    fn free(&mut self, lane: &Lane) -> Option<Work> {
+        let next = self.busy.get_mut(lane).and_then(VecDeque::pop_front);
+        if next.is_none() {
+            self.busy.remove(lane);
+        }
+        next
+    }
 }
 
 impl Lanes {
@@ -130,9 +143,16 @@ impl Lanes {
             Some(behind) => behind.push_back(work),
             None => {
                 inner.busy.insert(lane, VecDeque::new());
-                inner.ready.push_back((lane, work));
-                self.arrived.notify_one();
+                self.ready(inner, lane, work);
             }
+        }
+    }
+
+    fn ready(&self, inner: &mut Inner, lane: Lane, work: Work) {
+        inner.ready.push_back((lane, work));
+        if inner.n_asleep > 0 {
+            inner.n_asleep -= 1;
+            self.arrived.notify_one();
         }
     }
 
@@ -161,24 +181,29 @@ impl Lanes {
         self.inner.lock().paused.retain(|_, (partition, _)| !partitions.contains(partition));
     }
 
-    /// Waits for work whose lane is free; `None` when closed.
-    pub(super) async fn next(&self) -> Option<(Lane, Work)> {
+    /// Frees the lane that its worker is done with, and waits for work: what waited behind that lane comes
+    /// first, then whatever lane is free. `None` when closed.
+    pub(super) async fn next(&self, mut done: Option<Lane>) -> Option<(Lane, Work)> {
         loop {
+            let mut arrived = std::pin::pin!(self.arrived.notified());
             {
                 let mut inner = self.inner.lock();
+                if let Some(lane) = done.take()
+                    && let Some(next) = inner.free(&lane)
+                {
+                    return Some((lane, next));
+                }
                 if let Some(ready) = inner.ready.pop_front() {
-                    if !inner.ready.is_empty() {
-                        // A notification holds one permit; pass it on while there is more.
-                        self.arrived.notify_one();
-                    }
                     return Some(ready);
                 }
                 if inner.closed {
-                    self.arrived.notify_one();
                     return None;
                 }
+                // In line before anybody sees it asleep: each of those who are woken is another one.
+                inner.n_asleep += 1;
+                arrived.as_mut().enable();
             }
-            self.arrived.notified().await;
+            arrived.await;
         }
     }
 
@@ -203,23 +228,9 @@ impl Lanes {
     /// Frees the lane; what waited behind becomes ready for any worker.
     pub(super) fn pass_on(&self, lane: &Lane) {
         let mut inner = self.inner.lock();
-        match inner.busy.get_mut(lane).and_then(VecDeque::pop_front) {
-            Some(next) => {
-                inner.ready.push_back((*lane, next));
-                self.arrived.notify_one();
-            }
-            None => drop(inner.busy.remove(lane)),
+        if let Some(next) = inner.free(lane) {
+            self.ready(&mut inner, *lane, next);
         }
-    }
-
-    /// Frees the lane; returns what waited behind, which runs next.
-    pub(super) fn done(&self, lane: &Lane) -> Option<Work> {
-        let mut inner = self.inner.lock();
-        let next = inner.busy.get_mut(lane).and_then(VecDeque::pop_front);
-        if next.is_none() {
-            inner.busy.remove(lane);
-        }
-        next
     }
 
     /// Takes back everything that has not begun, in order within each lane.
@@ -238,7 +249,7 @@ impl Lanes {
     /// Lets the workers end when nothing is ready.
     pub(super) fn close(&self) {
         self.inner.lock().closed = true;
-        self.arrived.notify_one();
+        self.arrived.notify_waiters();
     }
 }
 
@@ -276,13 +287,13 @@ mod tests {
         assert!(early.is_empty());
         let mut taken = Vec::new();
         for _ in 0..4 {
-            taken.push(lanes.next().await.unwrap());
+            taken.push(lanes.next(None).await.unwrap());
         }
         assert_eq!(taken.iter().map(|(_, work)| low(work)).collect::<Vec<_>>(), [1, 3, 4, 5]);
-        assert_eq!(lanes.done(&taken[0].0).as_ref().map(low), Some(2));
-        assert!(lanes.done(&taken[0].0).is_none());
+        let behind = lanes.next(Some(taken[0].0)).await.unwrap();
+        assert_eq!(low(&behind.1), 2);
         lanes.close();
-        assert!(lanes.next().await.is_none() && lanes.next().await.is_none());
+        assert!(lanes.next(Some(behind.0)).await.is_none() && lanes.next(None).await.is_none());
     }
 
     #[tokio::test]
@@ -293,24 +304,25 @@ mod tests {
                 .add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2), delivery(Some("b"), 3)])
                 .is_empty()
         );
-        let (running, _) = lanes.next().await.unwrap();
+        let (running, _) = lanes.next(None).await.unwrap();
         assert!(lanes.add(vec![delivery(Some("b"), 4), delivery(Some("b"), 5)]).is_empty());
         let waiting: Vec<_> = lanes.take_waiting().iter().map(low).collect();
         // A lane that is put back must begin with its first.
         assert_eq!(waiting, [3, 4, 5, 2]);
-        assert!(lanes.done(&running).is_none());
+        lanes.close();
+        assert!(lanes.next(Some(running)).await.is_none());
     }
 
     #[tokio::test]
     async fn a_paused_lane_takes_nothing_before_the_awaited_event() {
         let lanes = Lanes::default();
         assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
-        let (lane, _) = lanes.next().await.unwrap();
+        let (lane, _) = lanes.next(None).await.unwrap();
         assert_eq!(lanes.pause(&lane, PartitionId(0), Some(Offset(1))).len(), 1);
-        assert!(lanes.done(&lane).is_none());
+        lanes.pass_on(&lane);
         assert_eq!(lanes.add(vec![delivery(Some("a"), 3), delivery(Some("b"), 4)]), [Token::new(0, 3)]);
         assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
-        let order: Vec<_> = [lanes.next().await, lanes.next().await]
+        let order: Vec<_> = [lanes.next(None).await, lanes.next(None).await]
             .into_iter()
             .flatten()
             .map(|(_, work)| low(&work))

@@ -8,6 +8,7 @@
 //! ```
 //! It never settles before the effect, and never after a partition is lost.
 
+mod books;
 mod handle;
 mod lanes;
 mod layers;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering as Atomic;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -21,13 +21,8 @@ use crate::transport::{Delivery, Polled, Settle, Token};
 
 /// No drain takes longer, whatever is asked for.
 const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
-/// Outcomes settled in one call.
-const SETTLE_BATCH: usize = 256;
-
 /// How often gauges are brought up to date.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-
-type Settling = mpsc::Sender<(Token, Settle)>;
 
 /// Runs one subscription until it is stopped, then drains it.
 pub(super) async fn run(
@@ -35,15 +30,13 @@ pub(super) async fn run(
     mut stop: watch::Receiver<bool>,
     drain_within: Duration,
 ) -> Result<()> {
-    let (settling, outcomes) = mpsc::channel(subscribed.policy.window.get());
     // Dropped with this future, so that an aborted driver leaves no task behind.
     let mut workers = JoinSet::new();
     for _ in 0..subscribed.policy.lanes.get() {
-        workers.spawn(work(subscribed.clone(), settling.clone()));
+        workers.spawn(work(subscribed.clone()));
     }
-    let returning = settling;
     let mut settler = JoinSet::new();
-    settler.spawn(settle(subscribed.clone(), outcomes));
+    settler.spawn(settle(subscribed.clone()));
     let mut renewing = JoinSet::new();
     if let Some(every) = subscribed.renew_every {
         renewing.spawn(renew(subscribed.clone(), every));
@@ -54,23 +47,23 @@ pub(super) async fn run(
     }
     parking.spawn(heads(subscribed.clone()));
     parking.spawn(keep_parked(subscribed.clone()));
-    let ended = intake(&subscribed, &returning, &mut stop).await;
-    drop((returning, parking));
+    let ended = intake(&subscribed, &mut stop).await;
+    drop(parking);
     if let Err(error) = &ended {
         tracing::error!(%error, topic = %subscribed.topic, group = %subscribed.group, "the subscription ended");
     }
     let deadline = Instant::now() + drain_within.min(LONGEST_DRAIN);
     // What has not begun goes back: it is delivered to whoever comes next.
     let waiting = subscribed.deliveries(subscribed.lanes.take_waiting());
-    subscribed.strike(waiting.iter().map(|delivery| delivery.token));
+    subscribed.lose(waiting.iter().map(|delivery| delivery.token));
     subscribed.lanes.close();
     subscribed.breaker.stop();
     subscribed.stop();
     let finished = async { while workers.join_next().await.is_some() {} };
     let drained = tokio::time::timeout_at(deadline, finished).await;
-    // The workers' ends are gone: the settler finishes what was sent and stops.
-    let settled =
-        async { while !subscribed.books.lock().is_empty() && settler.join_next().await.is_some() {} };
+    // The settler finishes what was sent and stops.
+    subscribed.settling.close();
+    let settled = async { while !subscribed.books.is_empty() && settler.join_next().await.is_some() {} };
     let settled = match drained {
         Ok(()) => tokio::time::timeout_at(deadline, settled).await.map_err(drop),
         Err(_) => Err(()),
@@ -90,11 +83,7 @@ pub(super) async fn run(
     }
 }
 
-async fn intake(
-    subscribed: &Subscribed,
-    returning: &Settling,
-    stop: &mut watch::Receiver<bool>,
-) -> Result<()> {
+async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Result<()> {
     let mut pause = PAUSE;
     let mut leaving: BTreeSet<PartitionId> = BTreeSet::new();
     loop {
@@ -131,7 +120,7 @@ async fn intake(
                 if !gain(subscribed, of.collect(), stop).await? {
                     return Ok(());
                 }
-                add(subscribed, returning, deliveries).await;
+                add(subscribed, deliveries);
             }
             Ok(Polled::Assigned(partitions)) => {
                 subscribed.lanes.forget(&partitions);
@@ -147,17 +136,13 @@ async fn intake(
                 let waiting = subscribed.deliveries(subscribed.lanes.take_waiting());
                 let (gone, kept): (Vec<_>, Vec<_>) =
                     waiting.into_iter().partition(|d| partitions.contains(&d.partition));
-                subscribed.strike(gone.iter().map(|delivery| delivery.token));
-                add(subscribed, returning, kept).await;
+                subscribed.lose(gone.iter().map(|delivery| delivery.token));
+                add(subscribed, kept);
                 subscribed.lanes.forget(&partitions);
                 leaving.extend(partitions);
             }
             Ok(Polled::Lost(partitions)) => {
-                let lost: Vec<_> = {
-                    let books = subscribed.books.lock();
-                    books.iter().filter(|(_, of)| partitions.contains(of)).map(|(token, _)| *token).collect()
-                };
-                subscribed.strike(lost.into_iter());
+                subscribed.lose(subscribed.books.of(&partitions).into_iter());
                 subscribed.lanes.forget(&partitions);
                 if let Some(parked) = &subscribed.parked {
                     parked.lose(&partitions);
@@ -182,10 +167,9 @@ async fn intake(
 
 /// Partitions that are to move and of which nothing is in hand.
 fn free(subscribed: &Subscribed, leaving: &BTreeSet<PartitionId>) -> Vec<PartitionId> {
-    let books = subscribed.books.lock();
     let idle = |partition: PartitionId| {
         subscribed.parked.as_ref().is_none_or(|parked| parked.is_idle(partition))
-            && !books.values().any(|held| *held == partition)
+            && !subscribed.books.has_any_of(partition)
     };
     leaving.iter().copied().filter(|partition| idle(*partition)).collect()
 }
@@ -231,86 +215,67 @@ async fn gain(
 }
 
 /// Puts deliveries into their lanes; those that came too early go back.
-async fn add(subscribed: &Subscribed, returning: &Settling, deliveries: Vec<Delivery>) {
-    for token in subscribed.lanes.add(deliveries) {
-        // Nobody receives any more only when the driver ends, and then everything is redelivered.
-        if returning.send((token, Settle::Return)).await.is_err() {
-            return;
-        }
+fn add(subscribed: &Subscribed, deliveries: Vec<Delivery>) {
+    let early = subscribed.lanes.add(deliveries);
+    if !early.is_empty() {
+        subscribed.settling.send(early.into_iter().map(|token| (token, Settle::Return)));
     }
 }
 
 /// One worker: takes a free lane, runs what it holds in order.
-async fn work(subscribed: Arc<Subscribed>, settling: Settling) {
-    while let Some((lane, work)) = subscribed.lanes.next().await {
-        let mut next = Some(work);
-        while let Some(work) = next {
-            match work {
-                Work::Delivery(delivery) => {
-                    let max = subscribed.batch_of(&delivery);
-                    let more = max.map_or(Vec::new(), |max| {
-                        subscribed.lanes.take_more(max, |other| subscribed.go_together(&delivery, other))
-                    });
-                    let others: Vec<Lane> = more.iter().map(|(lane, _)| *lane).collect();
-                    let goes_on = if max.is_some() {
-                        let all = std::iter::once((lane, delivery)).chain(more).collect();
-                        deliver_batch(&subscribed, &settling, all).await
-                    } else {
-                        deliver(&subscribed, &settling, &lane, delivery).await
-                    };
-                    if !goes_on {
-                        return;
-                    }
+async fn work(subscribed: Arc<Subscribed>) {
+    let mut done = None;
+    while let Some((lane, work)) = subscribed.lanes.next(done).await {
+        match work {
+            Work::Delivery(delivery) => match subscribed.batch_of(&delivery) {
+                None => deliver(&subscribed, &lane, delivery).await,
+                Some(max) => {
+                    let together = |other: &Delivery| subscribed.go_together(&delivery, other);
+                    let mut batch = subscribed.lanes.take_more(max, together);
+                    let others: Vec<Lane> = batch.iter().map(|(lane, _)| *lane).collect();
+                    batch.insert(0, (lane, delivery));
+                    deliver_batch(&subscribed, batch).await;
                     others.iter().for_each(|lane| subscribed.lanes.pass_on(lane));
                 }
-                Work::Head(head) => {
-                    if let Some(parked) = &subscribed.parked {
-                        handle::head(&subscribed, parked, &head).await;
-                    }
+            },
+            Work::Head(head) => {
+                if let Some(parked) = &subscribed.parked {
+                    handle::head(&subscribed, parked, &head).await;
                 }
             }
-            next = subscribed.lanes.done(&lane);
         }
+        done = Some(lane);
     }
 }
 
-/// Handles a delivery and sends how it is settled. Returns whether anybody listens.
-async fn deliver(subscribed: &Subscribed, settling: &Settling, lane: &Lane, delivery: Delivery) -> bool {
+/// Handles a delivery and sends how it is settled.
+async fn deliver(subscribed: &Subscribed, lane: &Lane, delivery: Delivery) {
     // A partition that was lost while this waited: the next owner runs it.
-    if !subscribed.holds(delivery.token) {
-        return true;
+    if subscribed.holds(delivery.token) {
+        let place = (delivery.token, delivery.partition, delivery.offset);
+        let how = handle::delivery(subscribed, delivery).await;
+        send(subscribed, lane, place, how);
     }
-    let place = (delivery.token, delivery.partition, delivery.offset);
-    let how = handle::delivery(subscribed, delivery).await;
-    send(subscribed, settling, lane, place, how).await
 }
 
 /// Handles deliveries of different lanes in one call, and sends how each is settled.
-async fn deliver_batch(
-    subscribed: &Subscribed,
-    settling: &Settling,
-    mut batch: Vec<(Lane, Delivery)>,
-) -> bool {
+async fn deliver_batch(subscribed: &Subscribed, mut batch: Vec<(Lane, Delivery)>) {
     batch.retain(|(_, delivery)| subscribed.holds(delivery.token));
     let places: Vec<_> = batch.iter().map(|(lane, d)| (*lane, (d.token, d.partition, d.offset))).collect();
     let deliveries = batch.into_iter().map(|(_, delivery)| delivery).collect();
     let settles = handle::batch(subscribed, deliveries).await;
     for ((lane, place), how) in places.into_iter().zip(settles) {
-        if !send(subscribed, settling, &lane, place, how).await {
-            return false;
-        }
+        send(subscribed, &lane, place, how);
     }
-    true
 }
 
 /// Sends how a delivery is settled, and what of its lane goes back with it.
-async fn send(
+fn send(
     subscribed: &Subscribed,
-    settling: &Settling,
     lane: &Lane,
     (token, partition, offset): (Token, PartitionId, Option<Offset>),
     how: Settle,
-) -> bool {
+) {
     let behind = match how {
         Settle::Retry { .. } | Settle::Return if subscribed.ordered => {
             subscribed.lanes.pause(lane, partition, offset)
@@ -325,12 +290,7 @@ async fn send(
     // The event first: what is returned after it then waits behind it.
     let followers =
         subscribed.deliveries(behind).into_iter().map(|follower| (follower.token, Settle::Return));
-    for outcome in std::iter::once((token, how)).chain(followers) {
-        if settling.send(outcome).await.is_err() {
-            return false;
-        }
-    }
-    true
+    subscribed.settling.send(std::iter::once((token, how)).chain(followers));
 }
 
 /// Brings parked events that are due to their lanes.
@@ -357,9 +317,9 @@ async fn keep_parked(subscribed: Arc<Subscribed>) {
     }
 }
 
-async fn settle(subscribed: Arc<Subscribed>, mut outcomes: mpsc::Receiver<(Token, Settle)>) {
-    let mut batch = Vec::with_capacity(SETTLE_BATCH);
-    while outcomes.recv_many(&mut batch, SETTLE_BATCH).await > 0 {
+async fn settle(subscribed: Arc<Subscribed>) {
+    let mut batch = Vec::new();
+    while subscribed.settling.next(&mut batch).await {
         let mut pause = PAUSE;
         loop {
             match subscribed.consumer.settle(&batch).await {
@@ -387,7 +347,7 @@ async fn settle(subscribed: Arc<Subscribed>, mut outcomes: mpsc::Receiver<(Token
 async fn renew(subscribed: Arc<Subscribed>, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
-        let tokens: Vec<Token> = subscribed.books.lock().keys().copied().collect();
+        let tokens: Vec<Token> = subscribed.books.tokens();
         if tokens.is_empty() {
             continue;
         }

@@ -1,14 +1,13 @@
 //! One topic of a service: its consumer, its routes, its books.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
+use super::books::{Books, Settling};
 use super::lanes::{Lanes, Work};
 use super::layers::breaker::Breaker;
 use super::layers::metrics::Meters;
@@ -25,7 +24,6 @@ use crate::failure::Failure;
 use crate::name::{Group, Topic};
 use crate::observer::{Observer, Watched};
 use crate::parking::{Followers, Parking, Waits};
-use crate::partition::PartitionId;
 use crate::service::{BoundRoute, Handling, Policy};
 use crate::subscription::Subscription;
 use crate::transport::{Consumer, Delivery, Publisher, Token, Transport};
@@ -57,7 +55,8 @@ pub(crate) struct Subscribed {
     pub(super) followers: Followers,
     pub(super) parked: Option<Parked>,
     stopping: watch::Sender<bool>,
-    pub(super) books: Mutex<HashMap<Token, PartitionId>>,
+    pub(super) books: Books,
+    pub(super) settling: Settling,
     /// Rung whenever a delivery leaves the books.
     pub(super) settled: Notify,
     pub(super) counters: Counters,
@@ -124,7 +123,8 @@ impl Subscribed {
             breaker: Breaker::default(),
             rate: rate(policy),
             meters,
-            books: Mutex::default(),
+            books: Books::default(),
+            settling: Settling::default(),
             settled: Notify::new(),
             counters: Counters::default(),
             polling_fails: AtomicBool::new(false),
@@ -223,7 +223,7 @@ impl Subscribed {
 
     /// Whether a delivery is still ours.
     pub(super) fn holds(&self, token: Token) -> bool {
-        self.books.lock().contains_key(&token)
+        self.books.holds(token)
     }
 
     pub(super) fn take(&self, deliveries: &[Delivery]) {
@@ -233,18 +233,21 @@ impl Subscribed {
             .count();
         self.counters.redelivered.fetch_add(again as u64, Atomic::Relaxed);
         self.meters.consumed(deliveries.len());
-        self.books.lock().extend(deliveries.iter().map(|delivery| (delivery.token, delivery.partition)));
+        self.books.enter(deliveries);
     }
 
+    /// Strikes what was settled from the books.
     pub(super) fn strike(&self, tokens: impl Iterator<Item = Token>) {
-        {
-            let mut books = self.books.lock();
-            let before = books.len();
-            for token in tokens {
-                books.remove(&token);
-            }
-            self.meters.settled(before - books.len());
-        }
+        self.left(self.books.settle(tokens));
+    }
+
+    /// Strikes what is no longer ours: whoever works on it finds out.
+    pub(super) fn lose(&self, tokens: impl Iterator<Item = Token>) {
+        self.left(self.books.lose(tokens));
+    }
+
+    fn left(&self, n_deliveries: usize) {
+        self.meters.settled(n_deliveries);
         self.settled.notify_waiters();
         if let Some(observer) = &self.observer {
             observer.settled();
@@ -276,7 +279,7 @@ impl Subscribed {
             expired: read(&self.counters.expired),
             parked,
             held,
-            in_flight: self.books.lock().len() as u64,
+            in_flight: self.books.len() as u64,
         }
     }
 }

@@ -26,8 +26,7 @@ impl Admitted {
             .into_iter()
             .enumerate()
             .filter_map(|(at, envelope)| {
-                let key = envelope.key().cloned();
-                if key.as_ref().is_some_and(|key| held.contains(key)) {
+                if !held.is_empty() && envelope.key().is_some_and(|key| held.contains(key)) {
                     let error = Error::new(
                         ErrorKind::Failed,
                         "an earlier event of this key in the batch was refused",
@@ -35,13 +34,14 @@ impl Admitted {
                     admitted.refused.push((at, error));
                     return None;
                 }
-                match envelope.admit(max_event_bytes) {
-                    Ok(envelope) => {
-                        admitted.n_bytes += envelope.size_bytes();
-                        Some(envelope)
+                match envelope.check(max_event_bytes) {
+                    Ok(size) => {
+                        let stripped = envelope.strip();
+                        admitted.n_bytes += stripped.as_ref().map_or(size, Envelope::size_bytes);
+                        Some(stripped.unwrap_or(envelope))
                     }
                     Err(error) => {
-                        held.extend(key);
+                        held.extend(envelope.key().cloned());
                         admitted.refused.push((at, error));
                         None
                     }

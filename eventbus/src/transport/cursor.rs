@@ -57,6 +57,7 @@ pub(crate) struct Handed {
     pub(crate) attempt: NonZeroU32,
     pub(crate) until: Instant,
     pub(crate) stored_at: SystemTime,
+    pub(crate) size: usize,
     pub(crate) content: Content,
 }
 
@@ -83,6 +84,8 @@ struct Slot {
     state: State,
     attempt: NonZeroU32,
     handout: u16,
+    /// Bytes that count against a window.
+    size: usize,
     stored_at: SystemTime,
 }
 
@@ -172,6 +175,7 @@ impl Cursor {
                     state: State::Settled,
                     attempt: FIRST,
                     handout: 0,
+                    size: 0,
                     stored_at: entry.stored_at,
                 });
                 self.advance();
@@ -180,10 +184,12 @@ impl Cursor {
             Past::Fresh => (FIRST, None),
             Past::Waiting { attempt, due } => (attempt, due),
         };
-        let waits =
-            due.is_some() || self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key));
+        let waits = due.is_some()
+            || (!self.held.is_empty()
+                && self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key)));
+        let size = entry.content.size_bytes();
         let state = State::Waiting { due, content: entry.content };
-        self.slots.push_back(Slot { state, attempt, handout: 0, stored_at: entry.stored_at });
+        self.slots.push_back(Slot { state, attempt, handout: 0, size, stored_at: entry.stored_at });
         if waits {
             self.wait(offset);
             return None;
@@ -238,10 +244,10 @@ impl Cursor {
         if slot.handout != handout {
             return Settling::Lost;
         }
-        let State::InHand { content, .. } = &slot.state else {
+        if !matches!(slot.state, State::InHand { .. }) {
             return Settling::Repeated;
-        };
-        let size = content.size_bytes();
+        }
+        let size = slot.size;
         match how {
             Settle::Ack | Settle::Reject => {
                 slot.state = State::Settled;
@@ -294,6 +300,7 @@ impl Cursor {
                     state: State::Settled,
                     attempt: FIRST,
                     handout: 0,
+                    size: 0,
                     stored_at: SystemTime::UNIX_EPOCH,
                 });
             }
@@ -351,10 +358,11 @@ impl Cursor {
             attempt: slot.attempt,
             until,
             stored_at: slot.stored_at,
+            size: slot.size,
             content,
         };
         self.n_in_hand += 1;
-        self.bytes_in_hand += handed.content.size_bytes();
+        self.bytes_in_hand += handed.size;
         self.expiry = Some(self.expiry.map_or(until, |expiry| expiry.min(until)));
         Some(handed)
     }
@@ -363,7 +371,7 @@ impl Cursor {
     fn give_back(&mut self, offset: u64, due: Option<Instant>, counted: Counted) -> usize {
         let Some(slot) = self.slot(offset) else { return 0 };
         let State::InHand { content, .. } = &slot.state else { return 0 };
-        let (content, size) = (content.clone(), content.size_bytes());
+        let (content, size) = (content.clone(), slot.size);
         slot.state = State::Waiting { due, content };
         if counted == Counted::Yes {
             slot.attempt = slot.attempt.saturating_add(1);

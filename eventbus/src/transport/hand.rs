@@ -65,7 +65,7 @@ impl Hand {
                     }
                 }
             };
-            self.take(handed.content.size_bytes());
+            self.take(handed.size);
             n_taken += 1;
             out(handed);
         }

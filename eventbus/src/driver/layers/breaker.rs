@@ -5,6 +5,7 @@
 //! hand fills the window, so intake stops. A probe that succeeds closes it.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -22,6 +23,8 @@ const MAX_PAUSE: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub(in crate::driver) struct Breaker {
     state: Mutex<State>,
+    /// Whether anything failed since the last success: nobody looks further while all is well.
+    troubled: AtomicBool,
     changed: Notify,
 }
 
@@ -53,6 +56,9 @@ pub(in crate::driver) enum Pass {
 impl Breaker {
     /// Waits while the breaker is open; lets one probe pass at a time.
     pub(in crate::driver) async fn admit(&self) -> Pass {
+        if !self.troubled.load(Atomic::Acquire) {
+            return Pass::Go;
+        }
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
             changed.as_mut().enable();
@@ -78,7 +84,11 @@ impl Breaker {
     }
 
     pub(in crate::driver) fn succeeded(&self) {
+        if !self.troubled.load(Atomic::Acquire) {
+            return;
+        }
         let mut state = self.state.lock();
+        self.troubled.store(false, Atomic::Release);
         state.failing.clear();
         if state.open.take().is_some() {
             drop(state);
@@ -89,6 +99,7 @@ impl Breaker {
     /// Notes a transient failure of a key. Returns whether the breaker is open now.
     pub(in crate::driver) fn failed(&self, pass: Pass, key: u64) -> bool {
         let mut state = self.state.lock();
+        self.troubled.store(true, Atomic::Release);
         if let Some(open) = &mut state.open {
             if pass == Pass::Probe {
                 let pause = (open.pause * 2).min(MAX_PAUSE);
@@ -108,8 +119,11 @@ impl Breaker {
 
     /// A probe that ended in something else than success or a transient failure: let the next one pass.
     pub(in crate::driver) fn undecided(&self, pass: Pass) {
+        if pass != Pass::Probe {
+            return;
+        }
         let mut state = self.state.lock();
-        if let (Pass::Probe, Some(open)) = (pass, &mut state.open) {
+        if let Some(open) = &mut state.open {
             open.probing = false;
             drop(state);
             self.changed.notify_waiters();

@@ -51,6 +51,11 @@ impl Meters {
     /// Whether somebody may read them.
     pub(in crate::driver) const ARE_ON: bool = cfg!(feature = "metrics");
 
+    /// The time that a run begins, where somebody may want to know.
+    pub(in crate::driver) fn clock() -> Option<tokio::time::Instant> {
+        Self::ARE_ON.then(tokio::time::Instant::now)
+    }
+
     /// Registers the meters: with the recorder that is installed at this moment.
     pub(in crate::driver) fn new(
         topic: &Topic,

@@ -70,6 +70,7 @@ impl MemoryConsumer {
                 revoke_within: subscription.revoke_within,
                 alive_until: lease_end(now, subscription.lease),
                 polls_waiting: 0,
+                asleep: false,
                 opened_from,
             },
         );
@@ -134,8 +135,10 @@ impl MemoryConsumer {
         if !deliveries.is_empty() {
             return Ok(Looked::Found(Polled::Deliveries(deliveries)));
         }
-        if group.members.get(&self.member).is_some_and(|member| !member.news.is_empty()) {
-            return Ok(Looked::Again);
+        match group.members.get_mut(&self.member) {
+            Some(member) if !member.news.is_empty() => return Ok(Looked::Again),
+            Some(member) => member.asleep = true,
+            None => {}
         }
         Ok(Looked::WaitUntil(group.wake_at(self.member, now)))
     }
@@ -225,6 +228,11 @@ impl Consumer for MemoryConsumer {
         if let Looked::Found(polled) = self.look(max)? {
             return Ok(polled);
         }
+        // Mostly somebody is about to publish: to let them costs less than to sleep and be woken.
+        tokio::task::yield_now().await;
+        if let Looked::Found(polled) = self.look(max)? {
+            return Ok(polled);
+        }
         let _waiting = Waiting::begin(self);
         loop {
             let wake_at = match self.look(max)? {
@@ -265,9 +273,7 @@ impl Consumer for MemoryConsumer {
             }
         }
         if moved != 0 {
-            if member.polls_waiting > 0 {
-                member.wake.notify_one();
-            }
+            member.rouse();
             for at in (0..self.topic.spec.partitions.get()).filter(|at| moved >> (at % 64) & 1 == 1) {
                 self.topic.settled(inner, PartitionId(at));
             }

@@ -39,6 +39,8 @@ pub(super) struct Member {
     /// A member that neither polls nor answers until then may lose its partitions to others.
     pub(super) alive_until: Instant,
     pub(super) polls_waiting: usize,
+    /// It found nothing and sleeps: whoever has something for it wakes it once.
+    pub(super) asleep: bool,
     /// The transport value it was opened from.
     pub(super) opened_from: Arc<Closing>,
 }
@@ -55,6 +57,12 @@ impl Member {
 
     pub(super) fn touch(&mut self, now: Instant) {
         self.alive_until = self.alive_until.max(lease_end(now, self.lease));
+    }
+
+    pub(super) fn rouse(&mut self) {
+        if std::mem::take(&mut self.asleep) {
+            self.wake.notify_one();
+        }
     }
 
     fn tell(&mut self, polled: Polled) {

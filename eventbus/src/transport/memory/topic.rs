@@ -58,6 +58,8 @@ pub(super) struct Log {
 
 pub(super) struct Stored {
     pub(super) content: Content,
+    /// Bytes of room that it takes.
+    n_bytes: usize,
     pub(super) stored_at: SystemTime,
 }
 
@@ -138,13 +140,12 @@ impl TopicState {
                 bytes_unused += envelope.size_bytes();
                 continue;
             }
-            log.entries.push_back(Stored { content: Content::Envelope(envelope), stored_at: now });
-            for group in inner.groups.values() {
+            let n_bytes = envelope.size_bytes();
+            log.entries.push_back(Stored { content: Content::Envelope(envelope), n_bytes, stored_at: now });
+            for group in inner.groups.values_mut() {
                 let owner = group.shares.get(partition.0 as usize).and_then(|share| share.owner);
-                if let Some(member) = owner.and_then(|id| group.members.get(&id))
-                    && member.polls_waiting > 0
-                {
-                    member.wake.notify_one();
+                if let Some(member) = owner.and_then(|id| group.members.get_mut(&id)) {
+                    member.rouse();
                 }
             }
         }
@@ -163,7 +164,8 @@ impl TopicState {
         let mut inner = self.inner.lock();
         let stored_at = SystemTime::now();
         if let Some(log) = inner.logs.get_mut(partition.0 as usize) {
-            log.entries.push_back(Stored { content, stored_at });
+            let n_bytes = content.size_bytes();
+            log.entries.push_back(Stored { content, n_bytes, stored_at });
         }
         for member in inner.groups.values().flat_map(|group| group.members.values()) {
             member.wake.notify_one();
@@ -187,7 +189,7 @@ impl TopicState {
         while log.free_below < floor {
             if let Some(stored) = log.get(log.free_below) {
                 n_events += 1;
-                n_bytes += stored.content.size_bytes();
+                n_bytes += stored.n_bytes;
             }
             log.free_below += 1;
         }
