@@ -65,18 +65,25 @@ struct Inner {
 impl Envelope {
     /// Creates an envelope with a fresh id and the present time; no key, no headers, an absent body.
     pub fn new(event_type: impl Into<Text>, source: impl Into<Text>) -> Self {
+        let (id, time) = (EventId::generate(), Some(SystemTime::now()));
+        Self::bare(event_type.into(), source.into(), id, time)
+    }
+
+    /// Creates an envelope that says nothing else.
+    pub(crate) fn bare(event_type: Text, source: Text, id: EventId, time: Option<SystemTime>) -> Self {
+        let (extensions, headers) = (Headers::new(), Headers::new());
         Self(Arc::new(Inner {
-            id: EventId::generate(),
-            source: source.into(),
-            event_type: event_type.into(),
+            id,
+            source,
+            event_type,
             version: None,
             subject: None,
-            time: Some(SystemTime::now()),
+            time,
             content_type: None,
             schema: None,
             key: None,
-            extensions: Headers::new(),
-            headers: Headers::new(),
+            extensions,
+            headers,
             payload: None,
         }))
     }

@@ -1,7 +1,5 @@
 //! The deliveries in hand, and the outcomes on their way to the transport.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 
 use parking_lot::Mutex;
@@ -13,7 +11,7 @@ use crate::transport::{Delivery, Settle, Token};
 /// What is in hand, by token.
 #[derive(Debug, Default)]
 pub(super) struct Books {
-    held: Mutex<HashMap<Token, PartitionId, BuildHasherDefault<Spread>>>,
+    held: Mutex<foldhash::HashMap<Token, PartitionId>>,
     /// Whether anything was ever struck unsettled. Before that, what a worker works on is ours.
     any_lost: AtomicBool,
 }
@@ -61,26 +59,6 @@ impl Books {
 
     pub(super) fn is_empty(&self) -> bool {
         self.held.lock().is_empty()
-    }
-}
-
-/// Spreads the halves of a token, which count from low numbers and are chosen by no stranger.
-#[derive(Debug, Default, Clone, Copy)]
-struct Spread(u64);
-
-impl Hasher for Spread {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, half: u64) {
-        // Fibonacci hashing; the table takes its places from the low bits and its tags from the high ones.
-        let mixed = (self.0 ^ half).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ (mixed >> 32);
     }
 }
 

@@ -1,8 +1,9 @@
 //! Lanes: events of one key wait for each other, keys do not.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher, RandomState};
+use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
 
+use foldhash::quality::RandomState;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use rusqlite::types::ValueRef;
 use rusqlite::{CachedStatement, Connection, Row, params};
+use smallvec::SmallVec;
 
 use super::clock;
 use super::schema::{from_sqlite, offset_of, position};
@@ -75,10 +76,19 @@ pub(super) fn put(
 /// The sum over an event and its place, by which a byte that changed on the disk is noticed (CRC-32, IEEE).
 fn checksum(at: i64, event: &Envelope) -> u32 {
     let mut sum = crc32fast::Hasher::new();
+    // Small fields are summed together: a call for each would cost more than the sum.
+    let mut small: SmallVec<[u8; 256]> = SmallVec::new();
     // Lengths are part of it, so that nothing moves from one field to the next unnoticed.
     let mut field = |bytes: Option<&[u8]>| {
-        sum.update(&bytes.map_or(u32::MAX, |bytes| bytes.len() as u32).to_le_bytes());
-        sum.update(bytes.unwrap_or_default());
+        small.extend_from_slice(&bytes.map_or(u32::MAX, |bytes| bytes.len() as u32).to_le_bytes());
+        match bytes.unwrap_or_default() {
+            large if large.len() > small.inline_size() => {
+                sum.update(&small);
+                sum.update(large);
+                small.clear();
+            }
+            bytes => small.extend_from_slice(bytes),
+        }
     };
     field(Some(&at.to_le_bytes()));
     match event.id().as_uuid() {
@@ -96,6 +106,7 @@ fn checksum(at: i64, event: &Envelope) -> u32 {
     field(Some(event.extensions().as_block()));
     field(Some(event.headers().as_block()));
     field(event.payload().map(|payload| payload.as_ref()));
+    sum.update(&small);
     sum.finalize()
 }
 
@@ -215,10 +226,8 @@ fn envelope(row: &Row<'_>, texts: &mut Texts) -> Result<Envelope, String> {
     let block = |column| {
         bytes(row, column)?.map_or(Ok(Headers::new()), |b| Headers::from_block(b).map_err(|e| e.to_string()))
     };
-    let mut envelope = Envelope::new(event_type, source)
-        .with_id(id)
+    let mut envelope = Envelope::bare(event_type, source, id, integer(7)?.map(clock::from_nanos))
         .with_version(version)
-        .with_time(integer(7)?.map(clock::from_nanos))
         .with_extensions(block(11)?)
         .with_headers(block(12)?);
     if let Some(subject) = text(row, 6)? {
