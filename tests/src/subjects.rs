@@ -36,7 +36,7 @@ pub fn memory(strong: Strength) -> Subject {
         }
     };
     let memory = Memory::new(options);
-    let raw = memory.clone();
+    let (raw, clock) = (memory.clone(), memory.clone());
     Subject::new(name, move || {
         let memory = memory.reopen();
         async move { Ok(Arc::new(memory) as Arc<dyn Transport>) }
@@ -46,6 +46,16 @@ pub fn memory(strong: Strength) -> Subject {
         let memory = raw.clone();
         async move { memory.inject(&topic, PartitionId(0), Content::Undecodable(Box::new(content))) }
     })
+    .with_clock(move |forward, by| {
+        clock.step_clock(nanos(forward, by));
+        async { Ok(()) }
+    })
+}
+
+/// A step of a clock, in nanoseconds.
+pub(crate) fn nanos(forward: bool, by: Duration) -> i64 {
+    let nanos = i64::try_from(by.as_nanos()).unwrap_or(i64::MAX);
+    if forward { nanos } else { -nanos }
 }
 
 /// The embedded durable transport on a file of its own; every connection is a writer of its own, as
@@ -69,8 +79,8 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
     // Crash images live as long as the subject.
     let images: Arc<Mutex<Vec<tempfile::TempDir>>> = Arc::default();
     let (slow, damaged) = (disk.clone(), path.clone());
-    let (raw_path, child_path, filled, restarted) =
-        (path.clone(), path.clone(), opened.clone(), opened.clone());
+    let (raw_path, child_path) = (path.clone(), path.clone());
+    let (filled, restarted, stepped) = (opened.clone(), opened.clone(), opened.clone());
     Subject::new("sqlite", move || {
         let (path, opened, folder) = (path.clone(), opened.clone(), folder.clone());
         async move {
@@ -124,6 +134,10 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
     .with_fill(move |on| {
         let opened = filled.lock().clone();
         async move { opened.iter().try_for_each(|sqlite| sqlite.set_max_file_bytes(on.then_some(1))) }
+    })
+    .with_clock(move |forward, by| {
+        stepped.lock().iter().for_each(|sqlite| sqlite.step_clock(nanos(forward, by)));
+        async { Ok(()) }
     })
     .with_restart(move || {
         let opened = std::mem::take(&mut *restarted.lock());

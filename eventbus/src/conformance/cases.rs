@@ -134,6 +134,7 @@ macro_rules! __conformance_list {
             D8 power_loss_keeps_confirmed [Power]
             D9 failed_sync_poisons [Power Restart]
             D10 second_owner_is_refused_or_shares []
+            D11 clock_jumps_are_harmless [Clock]
             D12 corruption_is_loud [Power Restart]
             A1 lag_counts_down []
             A2 capabilities_are_constant []

@@ -1,9 +1,16 @@
-//! D2–D10: what survives.
+//! D2–D11: what survives.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::check::{Violation, ensure};
 use super::cx::{Book, Checked, Cx, publish, run_members, some};
-use crate::capability::{Durability, Instances};
+use crate::admin::TopicSpec;
+use crate::capability::{Durability, Instances, Lease, Ordering, Replay};
 use crate::error::ErrorKind;
+use crate::transport::Settle;
 
 pub(super) async fn confirmed_survives_restart(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
@@ -126,4 +133,77 @@ pub(super) async fn second_owner_is_refused_or_shares(mut cx: Cx) -> Checked {
     let mut book = Book::new(&more);
     book.record_all(&first.take(10).await?)?;
     book.exactly_once()
+}
+
+pub(super) async fn clock_jumps_are_harmless(mut cx: Cx) -> Checked {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    let transport = cx.connect().await?;
+    let (topic, group) = (cx.topic("events")?, cx.group("main")?);
+    let capabilities = transport.capabilities();
+    if let Some(admin) = transport.admin() {
+        let one = NonZeroU32::MIN;
+        admin.declare(&TopicSpec::new(topic.clone()).with_partitions(one).with_max_age(HOUR / 2)).await?;
+    }
+    let mut wanted = cx
+        .subscription(&transport, &topic, &group)
+        .with_ordering(capabilities.ordering.min(Ordering::PerKey))
+        .with_lease(cx.settings().idle * 2);
+    if capabilities.delay {
+        wanted = wanted.with_delayed_retry();
+    }
+    let mut member = cx.subscribe(&transport, &wanted).await?;
+    let publisher = transport.publisher().await?;
+    let (after, slack) = (cx.settings().quiet * 3, cx.settings().idle / 2);
+    let events = cx.events(9, 9);
+    // An hour ahead, an hour behind, and right again.
+    for (events, (forward, by)) in events.chunks(3).zip([(true, HOUR), (false, HOUR * 2), (true, HOUR)]) {
+        let mut book = Book::new(events);
+        publish(&publisher, &topic, &events[..2]).await?;
+        let got = member.take(2).await?;
+        book.record_all(&got)?;
+        let retried = Instant::now();
+        if capabilities.delay {
+            member.settle(&got[1..], Settle::Retry { after: Some(after) }).await?;
+        }
+        cx.subject.step_clock(forward, by).await?;
+        // The other is in hand for as long as it was to be, though it looks older now.
+        member.stays_quiet("a step of the clock ended a lease or a delay").await?;
+        publish(&publisher, &topic, &events[2..]).await?;
+        let last = member.take(1).await?;
+        book.record_all(&last)?;
+        member.ack(&last).await?;
+        if capabilities.delay {
+            let again = member.take(1).await?;
+            let waited = retried.elapsed();
+            ensure!(again[0].offset == got[1].offset, "not the delayed event: {again:?}");
+            book.record_all(&again)?;
+            ensure!(
+                waited + Duration::from_millis(20) >= after && waited <= after + slack,
+                "came after {waited:?}, {after:?} was asked"
+            );
+            member.ack(&again).await?;
+        }
+        if capabilities.lease > Lease::None {
+            let renewed = member.consumer.renew(&[got[0].token], cx.settings().idle * 2).await;
+            ensure!(
+                capabilities.lease < Lease::Extendable
+                    || renewed.is_ok_and(|settled| settled.lost.is_empty()),
+                "a step of the clock took a lease"
+            );
+        }
+        member.ack(&got[..1]).await?;
+        book.complete()?;
+    }
+    if let (Some(admin), true) = (transport.admin(), capabilities.replay > Replay::None) {
+        let mut n_kept = 0;
+        for known in admin.topic(&topic).await?.map(|info| info.partitions).unwrap_or_default() {
+            n_kept += admin.read(&topic, known.partition, known.first, 100).await?.len();
+        }
+        ensure!(
+            n_kept == events.len(),
+            "{n_kept} of {} events are left after an hour that was none",
+            events.len()
+        );
+    }
+    Ok(())
 }

@@ -19,6 +19,7 @@ type Switch = Arc<dyn Fn(bool) -> Future_<Result<()>> + Send + Sync>;
 type PowerCut = Arc<dyn Fn(u64) -> Future_<Result<Arc<dyn Transport>>> + Send + Sync>;
 type Damage = Arc<dyn Fn(u64) -> Future_<Result<()>> + Send + Sync>;
 type Child = Arc<dyn Fn(&[&str]) -> std::process::Command + Send + Sync>;
+type Clock = Arc<dyn Fn(bool, Duration) -> Future_<Result<()>> + Send + Sync>;
 type Restart = Arc<dyn Fn() -> Future_<Result<()>> + Send + Sync>;
 
 /// How much a run does.
@@ -74,6 +75,7 @@ pub struct Subject {
     restart: Option<Restart>,
     child: Option<Child>,
     power: Option<Power>,
+    clock: Option<Clock>,
     settings: Settings,
 }
 
@@ -123,6 +125,7 @@ impl Subject {
             restart: None,
             child: None,
             power: None,
+            clock: None,
             settings: Settings::default(),
         }
     }
@@ -203,6 +206,18 @@ impl Subject {
         self
     }
 
+    /// Offers [`Hook::Clock`]: steps the wall clock of the store and of everything that uses it, forward if the
+    /// first argument is true, else backward.
+    #[must_use]
+    pub fn with_clock<F, Fut>(mut self, step: F) -> Self
+    where
+        F: Fn(bool, Duration) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        self.clock = Some(Arc::new(move |forward, by| Box::pin(step(forward, by))));
+        self
+    }
+
     /// Returns the name.
     pub fn name(&self) -> &'static str {
         self.name
@@ -223,7 +238,7 @@ impl Subject {
             Hook::Restart => self.restart.is_some(),
             Hook::Kill => self.child.is_some(),
             Hook::Power => self.power.is_some(),
-            Hook::Clock => false,
+            Hook::Clock => self.clock.is_some(),
         }
     }
 
@@ -268,6 +283,13 @@ impl Subject {
     pub(super) async fn damage(&self, seed: u64) -> Result<()> {
         match &self.power {
             Some(power) => (power.damage)(seed).await,
+            None => Ok(()),
+        }
+    }
+
+    pub(super) async fn step_clock(&self, forward: bool, by: Duration) -> Result<()> {
+        match &self.clock {
+            Some(step) => step(forward, by).await,
             None => Ok(()),
         }
     }

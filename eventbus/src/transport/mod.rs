@@ -24,6 +24,10 @@ mod cursor;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
 #[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod hand;
+#[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
+mod wall;
+
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(feature = "sqlite")]

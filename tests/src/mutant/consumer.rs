@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use eventbus::{
-    Consumer, Content, Delivery, Envelope, ErrorKind, EventId, Headers, Key, Offset, PartitionId, Polled,
-    Result, Settle, Settled, Subscription, Token, Transport, Undecodable,
+    Admin, Consumer, Content, Delivery, Envelope, ErrorKind, EventId, Headers, Key, Offset, PartitionId,
+    Polled, Result, Settle, Settled, Subscription, Token, Transport, Undecodable,
 };
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
@@ -176,6 +176,16 @@ impl Consumer for MutantConsumer {
             }
             _ => max,
         };
+        if self.is(Defect::WallClockLeases) && self.shared.world.stepped.swap(false, Atomic::SeqCst) {
+            let held: Vec<_> = self.state.lock().held.keys().copied().collect();
+            self.settle_inner(held.into_iter(), Settle::Retry { after: None }).await?;
+        }
+        if self.is(Defect::PurgesByStep) && self.shared.world.stepped.swap(false, Atomic::SeqCst) {
+            let (memory, topic) = (&self.shared.memory, &self.subscription.topic);
+            for known in memory.topic(topic).await?.map(|info| info.partitions).unwrap_or_default() {
+                memory.purge(topic, known.partition, known.next).await?;
+            }
+        }
         loop {
             let polled = match self.inner().await?.poll(asked).await {
                 Err(error) if self.is(Defect::GhostOnDelete) && error.kind() == ErrorKind::NotFound => {

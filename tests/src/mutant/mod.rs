@@ -123,6 +123,8 @@ mutants! {
     // Faults.
     WindowLostOnResume "window_lost_on_resume" on Strong: "D3";
     FullIsOk "full_is_ok" on Plain: "D6";
+    WallClockLeases "wall_clock_leases" on Plain: "D11";
+    PurgesByStep "purges_by_step" on Strong: "D11";
     TwoOwners "two_owners" on Plain: "D10";
     // The surface.
     LagLies "lag_lies" on Plain: "A1";
@@ -153,6 +155,8 @@ pub(crate) struct World {
     /// The store has no room.
     pub(crate) full: AtomicBool,
     pub(crate) restarted: AtomicBool,
+    /// The clock was stepped forward, and nobody has reacted to it yet.
+    pub(crate) stepped: AtomicBool,
     pub(crate) any_closed: AtomicBool,
     pub(crate) replayed: AtomicBool,
     pub(crate) counter: AtomicU64,
@@ -195,6 +199,7 @@ pub fn subject(base: Base, defect: Option<Defect>, mut settings: Settings, seed:
     let memory = Memory::new(options);
     let world = Arc::new(World::default());
     let (raw, cut, full, restarted) = (memory.clone(), world.clone(), world.clone(), world.clone());
+    let (clock, stepped) = (memory.clone(), world.clone());
     let connect = move || {
         // Two owners of one store that do not know of each other.
         let memory = if defect == Some(Defect::TwoOwners) { Memory::new(options) } else { memory.reopen() };
@@ -217,6 +222,11 @@ pub fn subject(base: Base, defect: Option<Defect>, mut settings: Settings, seed:
         })
         .with_fill(move |on| {
             full.full.store(on, Atomic::SeqCst);
+            async { Ok(()) }
+        })
+        .with_clock(move |forward, by| {
+            clock.step_clock(crate::subjects::nanos(forward, by));
+            stepped.stepped.store(forward, Atomic::SeqCst);
             async { Ok(()) }
         })
         .with_restart(move || {

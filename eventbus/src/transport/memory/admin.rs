@@ -51,6 +51,13 @@ impl Memory {
         Ok(())
     }
 
+    /// Steps the wall clock that this broker sees, by nanoseconds: the conformance suite's clock hook.
+    #[cfg(feature = "conformance")]
+    #[doc(hidden)]
+    pub fn step_clock(&self, by_nanos: i64) {
+        self.broker.wall.step(by_nanos);
+    }
+
     fn partition(&self, topic: &Topic, partition: PartitionId) -> Result<Arc<TopicState>> {
         let state = self.broker.existing(topic)?;
         check_partition(&state, partition)?;
@@ -74,7 +81,7 @@ impl Admin for Memory {
             None => {
                 topics.insert(
                     spec.topic.clone(),
-                    Arc::new(TopicState::new(spec.clone(), &self.broker.options)),
+                    Arc::new(TopicState::new(spec.clone(), &self.broker.options, self.broker.wall.clone())),
                 );
                 Ok(true)
             }

@@ -32,6 +32,7 @@ use parking_lot::Mutex;
 use self::closing::Closing;
 use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
+use super::wall::Wall;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{
@@ -119,6 +120,7 @@ struct Broker {
     options: Options,
     topics: Mutex<HashMap<Topic, Arc<TopicState>>>,
     next_member: AtomicU64,
+    wall: Arc<Wall>,
 }
 
 /// Brokers that were opened by name; they live as long as a value that uses them.
@@ -176,7 +178,7 @@ impl Memory {
 
 impl Broker {
     fn new(options: Options) -> Self {
-        Self { options, topics: Mutex::default(), next_member: AtomicU64::new(1) }
+        Self { options, topics: Mutex::default(), next_member: AtomicU64::new(1), wall: Arc::default() }
     }
 
     fn topic(&self, topic: &Topic) -> Arc<TopicState> {
@@ -185,7 +187,7 @@ impl Broker {
             return state.clone();
         }
         let spec = TopicSpec::new(topic.clone()).with_partitions(self.options.partitions);
-        let state = Arc::new(TopicState::new(spec, &self.options));
+        let state = Arc::new(TopicState::new(spec, &self.options, self.wall.clone()));
         topics.insert(topic.clone(), state.clone());
         state
     }

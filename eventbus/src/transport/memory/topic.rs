@@ -16,6 +16,7 @@ use crate::envelope::Envelope;
 use crate::id::EventId;
 use crate::name::Group;
 use crate::partition::{self, PartitionId};
+use crate::transport::wall::Wall;
 use crate::transport::{Content, Receipt};
 
 /// Dead letters a partition keeps at least.
@@ -38,6 +39,7 @@ pub(super) struct TopicState {
     pub(super) arrivals: Notify,
     inner: Mutex<Inner>,
     ring: usize,
+    wall: Arc<Wall>,
 }
 
 pub(super) struct Inner {
@@ -80,7 +82,7 @@ impl Log {
 }
 
 impl TopicState {
-    pub(super) fn new(spec: TopicSpec, options: &Options) -> Self {
+    pub(super) fn new(spec: TopicSpec, options: &Options, wall: Arc<Wall>) -> Self {
         let log = || Log { base: 0, entries: VecDeque::new(), free_below: 0 };
         let ring = spec.retention.max_events.map_or(options.replay, |events| events.get() as usize);
         // A dead letter is kept although no group reads it: it is the last copy.
@@ -104,6 +106,7 @@ impl TopicState {
             }),
             spec,
             ring,
+            wall,
         }
     }
 
@@ -115,7 +118,7 @@ impl TopicState {
     pub(super) fn append(&self, batch: impl Iterator<Item = Envelope>, mut receipt: impl FnMut(Receipt)) {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
-        let now = SystemTime::now().max(inner.last_stored);
+        let now = self.wall.now().max(inner.last_stored);
         inner.last_stored = now;
         let (mut n_unused, mut bytes_unused) = (0, 0);
         let keeps = !inner.groups.is_empty() || self.ring > 0;
@@ -162,7 +165,7 @@ impl TopicState {
     /// Puts bytes into a partition as a foreign producer would: the raw hook of the conformance suite.
     pub(super) fn append_raw(&self, partition: PartitionId, content: Content) {
         let mut inner = self.inner.lock();
-        let stored_at = SystemTime::now();
+        let stored_at = self.wall.now().max(inner.last_stored);
         if let Some(log) = inner.logs.get_mut(partition.0 as usize) {
             let n_bytes = content.size_bytes();
             log.entries.push_back(Stored { content, n_bytes, stored_at });

@@ -287,7 +287,8 @@ pub(super) struct Progress {
 /// Stores progress. Returns the partitions that are no longer the member's; nothing of those changed.
 pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> Result<Vec<u32>> {
     let mut lost = Vec::new();
-    let (now, now_monotonic, now_wall) = (Instant::now(), clock::monotonic(), clock::wall());
+    let (now, now_monotonic, now_wall) =
+        (Instant::now(), clock::monotonic(), clock::to_nanos(round.wall.now()));
     for part in progress {
         let sql = "UPDATE eventbus_cursor SET floor = max(floor, ?5) WHERE grp = ?1 AND partition = ?2 AND owner = ?3 AND epoch = ?4";
         let n = round

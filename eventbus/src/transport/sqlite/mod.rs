@@ -163,6 +163,13 @@ impl Sqlite {
         self.store.send(writer::Command::Bound(bytes))
     }
 
+    /// Steps the wall clock that this value sees, by nanoseconds: the conformance suite's clock hook.
+    #[cfg(feature = "conformance")]
+    #[doc(hidden)]
+    pub fn step_clock(&self, by_nanos: i64) {
+        self.store.wall.step(by_nanos);
+    }
+
     /// Returns how many transactions were committed, each with one sync of the log.
     pub fn n_commits(&self) -> u64 {
         self.store.counters.commits.load(Atomic::Relaxed)

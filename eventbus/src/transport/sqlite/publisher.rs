@@ -165,7 +165,7 @@ fn store_events(
     let mut ends: HashMap<u32, (u64, i64)> = HashMap::new();
     let mut receipts = Vec::with_capacity(events.len());
     let mut insert = row::insert(round.connection)?;
-    let now = clock::wall();
+    let now = clock::to_nanos(round.wall.now());
     for event in events {
         let partition = partition::of_envelope(event, n_partitions);
         let (next, stored_at) = match ends.get(&partition.0) {

@@ -43,14 +43,11 @@ impl Job for Trim {
                 let sql = "SELECT count(*) FROM (SELECT 1 FROM eventbus_event
                     WHERE position >= ?1 AND position < ?2 AND stored_at < ?3 LIMIT ?4)";
                 let (from, to) = (position(topic, partition, first), position(topic, partition, next));
+                let oldest = clock::to_nanos(round.wall.steady()).saturating_sub(age);
                 let old: u64 = round
                     .connection
                     .prepare_cached(sql)
-                    .and_then(|mut s| {
-                        s.query_row(params![from, to, clock::wall().saturating_sub(age), MAX_ROWS], |row| {
-                            row.get(0)
-                        })
-                    })
+                    .and_then(|mut s| s.query_row(params![from, to, oldest, MAX_ROWS], |row| row.get(0)))
                     .map_err(from_sqlite)?;
                 before = before.max(first + old);
             }
@@ -104,4 +101,43 @@ pub(super) fn remove(round: &mut Round<'_>, topic: i64, partition: u32, before: 
         .and_then(|mut statement| statement.execute(params![topic, partition, before]))
         .map_err(from_sqlite)?;
     Ok(n_removed as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::admin::{Admin, Offset, TopicSpec};
+    use crate::transport::sqlite::writer::Command;
+    use crate::transport::sqlite::{Options, Sqlite};
+    use crate::{Envelope, PartitionId, Topic, Transport};
+
+    async fn first_after_trim(sqlite: &Sqlite, topic: &Topic) -> Offset {
+        sqlite.store.send(Command::Job(Box::new(Trim))).unwrap();
+        // Whatever is written next is written behind the trim.
+        sqlite.purge(topic, PartitionId(0), Offset(0)).await.unwrap();
+        sqlite.topic(topic).await.unwrap().unwrap().partitions[0].first
+    }
+
+    #[tokio::test]
+    async fn age_is_what_passed_and_not_what_the_clock_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let sqlite = Sqlite::open_path(folder.path().join("bus.db"), Options::default()).await.unwrap();
+        let topic = Topic::new("orders").unwrap();
+        let one = std::num::NonZeroU32::MIN;
+        let age = Duration::from_millis(50);
+        sqlite
+            .declare(&TopicSpec::new(topic.clone()).with_partitions(one).with_max_age(age * 40))
+            .await
+            .unwrap();
+        let event = Envelope::new("t", "/s").with_payload("x");
+        sqlite.publisher().await.unwrap().enqueue(&topic, vec![event]).await.unwrap().await.all().unwrap();
+        let hour = 3_600_000_000_000;
+        sqlite.store.wall.step(hour);
+        assert_eq!(first_after_trim(&sqlite, &topic).await, Offset(0), "an hour that was none removed it");
+        sqlite.store.wall.step(-hour);
+        std::thread::sleep(age * 41);
+        assert_eq!(first_after_trim(&sqlite, &topic).await, Offset(1), "it is older than it may be");
+    }
 }

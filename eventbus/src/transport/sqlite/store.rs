@@ -17,6 +17,7 @@ use super::retention::Trim;
 use super::schema::{self, Role};
 use super::writer::{Command, Counters, Job, Round, Writer};
 use crate::error::{Error, ErrorKind, Result};
+use crate::transport::wall::Wall;
 
 /// Accepted and not yet confirmed: events and bytes that wait for the writer.
 pub(super) const MAX_WAITING_EVENTS: usize = 65_536;
@@ -34,6 +35,7 @@ pub(super) struct Store {
     pub(super) room_bytes: Semaphore,
     pub(super) closed: AtomicBool,
     pub(super) counters: Arc<Counters>,
+    pub(super) wall: Arc<Wall>,
     jobs: mpsc::Sender<Command>,
     reads: Mutex<Option<mpsc::Sender<Read>>>,
     news: watch::Receiver<u64>,
@@ -50,7 +52,7 @@ impl Store {
         let (jobs, job_queue) = mpsc::channel();
         let (reads, read_queue) = mpsc::channel::<Read>();
         let (news_sender, news) = watch::channel(0);
-        let counters = Arc::new(Counters::default());
+        let (counters, wall) = (Arc::new(Counters::default()), Arc::<Wall>::default());
         let writer = Writer {
             path: path.to_owned(),
             busy_timeout: options.busy_timeout,
@@ -58,6 +60,7 @@ impl Store {
             jobs: job_queue,
             news: news_sender.clone(),
             counters: counters.clone(),
+            wall: wall.clone(),
             max_bytes: options.max_file_bytes,
             max_pages: None,
             poisoned: false,
@@ -69,6 +72,7 @@ impl Store {
             room_bytes: Semaphore::new(MAX_WAITING_BYTES),
             closed: AtomicBool::new(false),
             counters,
+            wall,
             jobs,
             reads: Mutex::new(Some(reads)),
             news,

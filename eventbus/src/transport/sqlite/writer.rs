@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use super::schema::{self, Role, from_sqlite};
 use crate::error::{Error, ErrorKind, Result};
+use crate::transport::wall::Wall;
 
 /// Work for one transaction.
 pub(super) trait Job: Send {
@@ -42,6 +43,7 @@ pub(super) struct Round<'a> {
     /// The bound of the file for new events, in pages. SQLite's own bound lies above: what settles,
     /// trims and keeps seats must go on when publishing is refused.
     pub(super) max_pages: Option<u64>,
+    pub(super) wall: &'a Wall,
 }
 
 pub(super) enum Command {
@@ -74,6 +76,7 @@ pub(super) struct Writer {
     pub(super) jobs: Receiver<Command>,
     pub(super) news: watch::Sender<u64>,
     pub(super) counters: Arc<Counters>,
+    pub(super) wall: Arc<Wall>,
     pub(super) max_bytes: Option<u64>,
     pub(super) max_pages: Option<u64>,
     /// A sync failed: what the disk dropped with it nobody knows, so nothing is accepted before a reopen.
@@ -145,6 +148,7 @@ impl Writer {
             return answer(jobs, || Err(error.duplicate()));
         }
         let max_pages = self.max_pages;
+        let wall = self.wall.clone();
         let connection = match self.connection() {
             Ok(connection) => connection,
             Err(error) => return answer(jobs, || Err(error.duplicate())),
@@ -153,7 +157,7 @@ impl Writer {
             let error = from_sqlite(error);
             return answer(jobs, || Err(error.duplicate()));
         }
-        let mut round = Round { connection, topics: HashMap::new(), news: false, max_pages };
+        let mut round = Round { connection, topics: HashMap::new(), news: false, max_pages, wall: &wall };
         let mut finished: Vec<(Box<dyn Job>, Result<()>)> = Vec::with_capacity(jobs.len());
         let mut broken: Option<Error> = None;
         for mut job in jobs {
