@@ -49,16 +49,28 @@ fn every_block_has_somebody_who_runs_it() {
 /// The table of transports is what the transports claim.
 #[tokio::test]
 async fn the_table_of_transports_is_true() {
-    let text = std::fs::read_to_string(root().join("README.md")).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let memory = eventbus::connect("memory://").await.unwrap();
-    let sqlite = eventbus::connect(&format!("sqlite://{}/bus.db", folder.path().display())).await.unwrap();
-    let rows =
-        memory.transport().capabilities().rows().into_iter().zip(sqlite.transport().capabilities().rows());
-    for ((axis, memory), (_, sqlite)) in rows {
-        let line = format!("| {axis} | {memory} | {sqlite} |");
-        assert!(text.contains(&line), "the README lacks: {line}");
+    let shown = ["memory://".to_owned(), "sqlite://file.db".to_owned()];
+    let opened = ["memory://".to_owned(), format!("sqlite://{}/bus.db", folder.path().display())];
+    let mut pages = Vec::new();
+    for url in opened {
+        pages.push(eventbus::connect(&url).await.unwrap().transport().capabilities().rows());
     }
+    let mut table = format!("| capability | `{}` |\n", shown.join("` | `"));
+    table.push_str(&format!("|{}\n", "---|".repeat(1 + shown.len())));
+    for (at, (axis, _)) in pages[0].iter().enumerate() {
+        let claims: Vec<_> = pages.iter().map(|page| page[at].1.clone()).collect();
+        table.push_str(&format!("| {axis} | {} |\n", claims.join(" | ")));
+    }
+    let (path, marks) = (root().join("README.md"), ["<!-- capabilities -->\n", "<!-- /capabilities -->"]);
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(marks[0]).unwrap();
+    let (printed, after) = rest.split_once(marks[1]).unwrap();
+    if std::env::var_os("UPDATE_README").is_some() {
+        std::fs::write(&path, format!("{before}{}{table}{}{after}", marks[0], marks[1])).unwrap();
+        return;
+    }
+    assert_eq!(printed, table, "cargo xtask conformance --readme writes it anew");
 }
 
 /// Both commands of the first screen, as a person types them, on a release build.

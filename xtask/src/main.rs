@@ -2,20 +2,27 @@
 //!
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
 //! `cargo xtask bench` runs the paired benchmarks and prints their table.
-//! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities.
+//! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
+//! it writes what the transports of this workspace claim into the README.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask bench
-       cargo xtask conformance URL";
+       cargo xtask conformance URL
+       cargo xtask conformance --readme";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
         Some(("bench", [])) => run(&["run", "--release", "--package", "eventbus-benches", "--bin", "pairs"]),
+        Some(("conformance", [to])) if to == "--readme" => {
+            let table =
+                ["test", "--quiet", "--package", "eventbus-tests", "--test", "readme", "table_of_transports"];
+            cargo().args(table).env("UPDATE_README", "1").status().map(|status| status.success())
+        }
         Some(("conformance", [url])) => {
             run(&["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url])
         }
