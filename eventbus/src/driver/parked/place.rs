@@ -40,6 +40,13 @@ impl Log {
         self.transport.admin().ok_or_else(|| Error::new(ErrorKind::Unsupported, "parking needs an admin"))
     }
 
+    /// The low-water mark of a partition: what lies below is ended, or copied above.
+    async fn low(&self, partition: PartitionId) -> Result<u64> {
+        let groups = self.admin()?.groups(Some(&self.topic)).await?;
+        let of_us = groups.into_iter().find(|info| info.group == self.group && info.partition == partition);
+        Ok(of_us.map_or(0, |info| info.settled.0))
+    }
+
     /// Appends a record; it is stored when this returns.
     async fn append(&self, partition: PartitionId, record: Envelope) -> Result<Option<Offset>> {
         let receipt = self.publisher.enqueue(&self.topic, vec![record]).await?.await.single()?;
@@ -103,15 +110,31 @@ pub(in crate::driver) struct Place {
 impl Place {
     /// Takes over: reads all that was said before, and says so in the log.
     pub(super) async fn gain(log: Arc<Log>, partition: PartitionId, cautious: usize) -> Result<Self> {
+        let mut low = log.low(partition).await?;
+        loop {
+            match Self::gain_from(log.clone(), partition, cautious, low).await {
+                Err(error) if matches!(error.kind(), ErrorKind::DataLoss { .. }) => {
+                    // Whoever is being replaced may have swept since the mark was read. If it did not move,
+                    // records are missing that were not copied.
+                    let moved = log.low(partition).await?;
+                    if moved <= low || planted(Bug::TrustsFirstMark) {
+                        return Err(error);
+                    }
+                    low = moved;
+                }
+                gained => return gained,
+            }
+        }
+    }
+
+    async fn gain_from(log: Arc<Log>, partition: PartitionId, cautious: usize, low: u64) -> Result<Self> {
         let slot = slot(log.admin()?, &log.topic, partition).await?;
-        let groups = log.admin()?.groups(Some(&log.topic)).await?;
-        let of_us = groups.into_iter().find(|info| info.group == log.group && info.partition == partition);
         let place = Self {
             log,
             partition,
             slot,
             taking: tokio::sync::Mutex::default(),
-            fold: Mutex::new(Fold::from(of_us.map_or(0, |info| info.settled.0))),
+            fold: Mutex::new(Fold::from(low)),
             writing: tokio::sync::RwLock::default(),
             reading: tokio::sync::Mutex::default(),
             cautious: AtomicUsize::new(0),

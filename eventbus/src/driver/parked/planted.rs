@@ -20,6 +20,7 @@ pub(in crate::driver) enum Bug {
     DropsOverBound,
     EpochIgnored,
     ParksEverything,
+    TrustsFirstMark,
 }
 
 #[cfg(test)]

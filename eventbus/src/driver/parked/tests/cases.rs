@@ -10,25 +10,22 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::super::place::{Log, Place};
-use super::super::record::{self, Parked, Record, Sequence};
+use super::super::record::{self, Record};
 use super::super::{HeldKey, ParkedKeys};
 use super::World;
-use crate::admin::{Offset, TopicSpec};
+use super::log_cases::*;
+use crate::admin::TopicSpec;
 use crate::backoff::Retry;
 use crate::driver::{Health, Running};
 use crate::envelope::Envelope;
 use crate::extract::{Meta, State};
 use crate::failure::Failure;
-use crate::id::EventId;
 use crate::name::{Group, Key, Topic};
 use crate::parking::{Followers, Parking, Waits};
-use crate::partition::PartitionId;
 use crate::service::Service;
 use crate::subscription::Start;
-use crate::transport::Transport;
 
-type Ended = Result<(), String>;
+pub(super) type Ended = Result<(), String>;
 
 pub(super) struct Case {
     pub(super) name: &'static str,
@@ -64,6 +61,7 @@ cases! {
     full_parking_leaves_workers_for_heads + true,
     outage_opens_breaker_and_parks_nothing,
     zombie_cannot_undo_done,
+    takeover_beside_a_sweep_reads_the_mark_again,
 }
 
 macro_rules! claim {
@@ -73,6 +71,8 @@ macro_rules! claim {
         }
     };
 }
+
+pub(super) use claim;
 
 /// What one event does when it is handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -395,109 +395,6 @@ async fn crash_loop_is_counted(world: World) -> Ended {
     Ok(())
 }
 
-/// A log without a service, for what two owners do to each other.
-async fn log(world: &World) -> Arc<Log> {
-    let topic = source().parked(&group()).unwrap();
-    declare(world, &source()).await;
-    declare(world, &topic).await;
-    let transport: Arc<dyn Transport> = world.bus.transport().clone();
-    let mark = crate::Subscription::group(topic.clone(), group()).with_start(Start::Earliest);
-    let member = transport.subscribe(&mark).await.unwrap();
-    member.close(std::time::Instant::now() + Duration::from_secs(5)).await.unwrap();
-    Arc::new(Log {
-        publisher: transport.publisher().await.unwrap(),
-        transport,
-        topic,
-        group: group(),
-        source: source(),
-    })
-}
-
-async fn gain(log: &Arc<Log>) -> Result<Place, String> {
-    Place::gain(log.clone(), PartitionId(3), 10).await.map_err(|error| error.to_string())
-}
-
-async fn park(place: &Place, name: &str, origin: u64, attempts: u32) -> Result<EventId, String> {
-    let event = event("k", name);
-    let parked = Parked {
-        id: event.id().clone(),
-        sequence: Sequence::of(&event),
-        origin: Offset(origin),
-        attempts,
-        due: None,
-        held: false,
-    };
-    place.park(&event, parked).await.map_err(|error| error.to_string())?;
-    Ok(event.id().clone())
-}
-
-/// What a new owner finds, in the order in which it would run it: names, attempts.
-async fn found(log: &Arc<Log>) -> Result<Vec<(String, u32)>, String> {
-    let place = gain(log).await?;
-    let mut found = Vec::new();
-    while let Some(head) = place.head(&Sequence::Key(Key::new("k"))) {
-        let body = place.body(&head).await.map_err(|error| error.to_string())?;
-        found.push((body.subject().unwrap_or_default().to_owned(), head.parked.attempts));
-        place.done(&head.parked.id).await.map_err(|error| error.to_string())?;
-    }
-    Ok(found)
-}
-
-async fn order_inside_a_key_is_the_origin(world: World) -> Ended {
-    let log = log(&world).await;
-    let zombie = gain(&log).await?;
-    let owner = gain(&log).await?;
-    park(&owner, "second", 7, 0).await?;
-    park(&zombie, "first", 5, 1).await?;
-    owner.read_on().await.map_err(|error| error.to_string())?;
-    let head = owner.head(&Sequence::Key(Key::new("k"))).ok_or("nothing is parked")?;
-    claim!(head.parked.origin == Offset(5), "{:?} runs first", head.parked);
-    let found = found(&log).await?;
-    claim!(found == [("first".to_owned(), 1), ("second".to_owned(), 0)], "{found:?}");
-    Ok(())
-}
-
-async fn zombie_sweep_moves_nothing(world: World) -> Ended {
-    let log = log(&world).await;
-    let zombie = gain(&log).await?;
-    park(&zombie, "old", 1, 2).await?;
-    let owner = gain(&log).await?;
-    park(&owner, "new", 2, 0).await?;
-    zombie.sweep().await.map_err(|error| error.to_string())?;
-    // A sweep that ends in the middle, with its process.
-    world.gate.stalls.send_replace(Some("park"));
-    let cut = tokio::time::timeout(Duration::from_millis(200), owner.sweep()).await;
-    claim!(cut.is_err(), "the sweep was not cut off");
-    world.gate.stalls.send_replace(None);
-    let found = found(&log).await?;
-    claim!(found == [("old".to_owned(), 2), ("new".to_owned(), 0)], "{found:?}");
-    Ok(())
-}
-
-async fn sweep_keeps_order_and_state(world: World) -> Ended {
-    let log = log(&world).await;
-    let owner = gain(&log).await?;
-    let first = park(&owner, "a", 10, 3).await?;
-    let ended = park(&owner, "x", 11, 0).await?;
-    park(&owner, "b", 12, 0).await?;
-    park(&owner, "c", 13, 1).await?;
-    let note = |place: Place, id: EventId| async move {
-        place.attempt(&id, 4, None, false).await.map_err(|error| error.to_string())?;
-        place.done(&ended).await.map_err(|error| error.to_string())?;
-        place.sweep().await.map_err(|error| error.to_string())?;
-        Ok::<_, String>(place)
-    };
-    let owner = note(owner, first).await?;
-    claim!(!owner.is_long(20), "the log was not made short");
-    // Its own Takeover lies below the mark now: whoever comes knows that it never left.
-    let next = gain(&log).await?;
-    claim!(next.is_cautious(), "the next owner does not know that the last one did not leave");
-    let found = found(&log).await?;
-    let expected = [("a".to_owned(), 4), ("b".to_owned(), 0), ("c".to_owned(), 1)];
-    claim!(found == expected, "{found:?}");
-    Ok(())
-}
-
 async fn hold_a_key(world: &World, shop: &Shop) -> Result<Running, String> {
     shop.act("k/0", Act::Refuse);
     let running = start(world, shop, parking().with_followers(Followers::Hold)).await;
@@ -623,22 +520,4 @@ async fn outage_opens_breaker_and_parks_nothing(world: World) -> Ended {
     shop.clear();
     shop.until("ok", 100).await?;
     running.stop().await.map_err(|error| error.to_string())
-}
-
-async fn zombie_cannot_undo_done(world: World) -> Ended {
-    let log = log(&world).await;
-    let zombie = gain(&log).await?;
-    let pending = park(&zombie, "pending", 1, 0).await?;
-    let owner = gain(&log).await?;
-    // The zombie ends what the owner still has to run: the owner's word counts.
-    zombie.done(&pending).await.map_err(|error| error.to_string())?;
-    owner.read_on().await.map_err(|error| error.to_string())?;
-    claim!(owner.head(&Sequence::Key(Key::new("k"))).is_some(), "a zombie ended an event of its successor");
-    zombie.read_on().await.map_err(|error| error.to_string())?;
-    claim!(!zombie.is_ours(), "the zombie does not know that it is one");
-    owner.done(&pending).await.map_err(|error| error.to_string())?;
-    zombie.attempt(&pending, 1, None, false).await.map_err(|error| error.to_string())?;
-    let found = found(&log).await?;
-    claim!(found.is_empty(), "a zombie brought back {found:?}");
-    Ok(())
 }

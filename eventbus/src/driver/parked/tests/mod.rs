@@ -2,6 +2,7 @@
 
 mod cases;
 mod gate;
+mod log_cases;
 mod random;
 
 use std::sync::Arc;
@@ -35,6 +36,7 @@ const FOUND_BY: &[(Bug, &str)] = &[
     (Bug::DropsOverBound, "full_parking_pauses_not_drops"),
     (Bug::ParksEverything, "outage_opens_breaker_and_parks_nothing"),
     (Bug::EpochIgnored, "zombie_cannot_undo_done"),
+    (Bug::TrustsFirstMark, "takeover_beside_a_sweep_reads_the_mark_again"),
 ];
 
 /// A bus whose parking can be held up, for one run of a case.
