@@ -112,18 +112,43 @@ impl Parked {
 
     /// Makes partitions ours that are not yet: their parked state is loaded when this returns.
     pub(super) async fn gain(&self, partitions: &[PartitionId]) -> Result<()> {
-        for partition in partitions {
-            let known = self.places.lock().get(partition).cloned();
-            match known {
-                Some(place) if !place.is_fenced() => place.leave(false),
-                _ => {
-                    let place = Place::gain(self.log.clone(), *partition, self.window).await?;
-                    self.places.lock().insert(*partition, Arc::new(place));
+        let ours = |partition: &PartitionId| match self.places.lock().get(partition) {
+            Some(place) if !place.is_fenced() => {
+                place.leave(false);
+                true
+            }
+            _ => false,
+        };
+        let new: Vec<_> = partitions.iter().copied().filter(|partition| !ours(partition)).collect();
+        let gained = if new.is_empty() { Ok(()) } else { self.take_over(&new).await };
+        self.changed.notify_one();
+        gained
+    }
+
+    async fn take_over(&self, partitions: &[PartitionId]) -> Result<()> {
+        let admin = self.log.admin()?;
+        let slots = place::slots(admin, &self.log.topic, partitions).await?;
+        let lows = self.log.lows().await?;
+        let (mut taken, mut outcome) = (Vec::with_capacity(slots.len()), Ok(()));
+        for (partition, slot) in slots {
+            let low = lows.get(&partition).copied().unwrap_or(0);
+            match Place::gain(self.log.clone(), partition, slot, low).await {
+                Ok(place) => taken.push(place),
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
                 }
             }
         }
-        self.changed.notify_one();
-        Ok(())
+        // Read after the takeovers: nobody parks what lies behind these ends any more but we.
+        let ends = admin.topic(&self.log.source).await?.map(|info| info.partitions).unwrap_or_default();
+        let mut places = self.places.lock();
+        for place in taken {
+            let end = ends.iter().find(|info| info.partition == place.partition).map(|info| info.next);
+            place.begin(end, self.window);
+            places.insert(place.partition, Arc::new(place));
+        }
+        outcome
     }
 
     /// Whether something of these partitions is still to be gained.

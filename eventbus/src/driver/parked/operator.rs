@@ -120,8 +120,9 @@ impl<'a> ParkedKeys<'a> {
                 .with("topic", &self.topic)
                 .with("group", &self.group));
         }
-        let slot = place::slot(self.admin()?, &self.parked, held.partition).await?;
-        let record = record::control(&record, &slot, 0);
+        let slots = place::slots(self.admin()?, &self.parked, &[held.partition]).await?;
+        let slot = &slots[&held.partition];
+        let record = record::control(&record, slot, 0);
         let publisher = self.bus.transport().publisher().await?;
         publisher.enqueue(&self.parked, vec![record]).await?.await.single().map(drop)
     }

@@ -1,5 +1,6 @@
 //! One partition of the parking log, and its owner: takes over, appends, reads on, rewrites, releases.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
 use std::time::{Duration, SystemTime};
@@ -21,6 +22,9 @@ use crate::transport::{Publisher, Transport};
 /// Records that one read brings.
 pub(super) const PAGE: usize = 512;
 
+/// Keys that are tried to reach every partition: as many as 4,096 partitions never need.
+const MAX_TRIALS: u32 = 1_000_000;
+
 /// Pause after a sweep that failed.
 const SWEEP_PAUSE: Duration = Duration::from_secs(30);
 
@@ -40,11 +44,11 @@ impl Log {
         self.transport.admin().ok_or_else(|| Error::new(ErrorKind::Unsupported, "parking needs an admin"))
     }
 
-    /// The low-water mark of a partition: what lies below is ended, or copied above.
-    async fn low(&self, partition: PartitionId) -> Result<u64> {
+    /// The low-water mark of each partition: what lies below is ended, or copied above.
+    pub(super) async fn lows(&self) -> Result<BTreeMap<PartitionId, u64>> {
         let groups = self.admin()?.groups(Some(&self.topic)).await?;
-        let of_us = groups.into_iter().find(|info| info.group == self.group && info.partition == partition);
-        Ok(of_us.map_or(0, |info| info.settled.0))
+        let of_us = groups.into_iter().filter(|info| info.group == self.group);
+        Ok(of_us.map(|info| (info.partition, info.settled.0)).collect())
     }
 
     /// Appends a record; it is stored when this returns.
@@ -79,15 +83,31 @@ pub(super) async fn page(
     records.into_iter().map(readable).collect()
 }
 
-/// A key that leads to a partition, for records that belong there whatever they are about.
-pub(super) async fn slot(admin: &dyn Admin, topic: &Topic, partition: PartitionId) -> Result<Key> {
-    for n in 0u32.. {
-        let key = Key::new(format!("{partition}.{n}"));
-        if admin.partition_of(topic, &key).await? == partition {
-            return Ok(key);
+/// A key that leads to each of some partitions, for records that belong there whatever they are about.
+pub(super) async fn slots(
+    admin: &dyn Admin,
+    topic: &Topic,
+    partitions: &[PartitionId],
+) -> Result<BTreeMap<PartitionId, Key>> {
+    let mut missing: BTreeSet<PartitionId> = partitions.iter().copied().collect();
+    let mut slots = BTreeMap::new();
+    for n in 0..MAX_TRIALS {
+        if missing.is_empty() {
+            break;
+        }
+        let key = Key::new(format!("slot-{n}"));
+        let partition = admin.partition_of(topic, &key).await?;
+        if missing.remove(&partition) {
+            slots.insert(partition, key);
         }
     }
-    Err(Error::new(ErrorKind::Unexpected, "no key leads to the partition").with("partition", partition))
+    match missing.first() {
+        None => Ok(slots),
+        Some(partition) => {
+            Err(Error::new(ErrorKind::Unexpected, "no key leads to the partition")
+                .with("partition", partition))
+        }
+    }
 }
 
 /// What an owner knows of its partition, and does to it.
@@ -109,14 +129,13 @@ pub(in crate::driver) struct Place {
 
 impl Place {
     /// Takes over: reads all that was said before, and says so in the log.
-    pub(super) async fn gain(log: Arc<Log>, partition: PartitionId, cautious: usize) -> Result<Self> {
-        let mut low = log.low(partition).await?;
+    pub(super) async fn gain(log: Arc<Log>, partition: PartitionId, slot: Key, mut low: u64) -> Result<Self> {
         loop {
-            match Self::gain_from(log.clone(), partition, cautious, low).await {
+            match Self::gain_from(log.clone(), partition, slot.clone(), low).await {
                 Err(error) if matches!(error.kind(), ErrorKind::DataLoss { .. }) => {
                     // Whoever is being replaced may have swept since the mark was read. If it did not move,
                     // records are missing that were not copied.
-                    let moved = log.low(partition).await?;
+                    let moved = log.lows().await?.get(&partition).copied().unwrap_or(0);
                     if moved <= low || planted(Bug::TrustsFirstMark) {
                         return Err(error);
                     }
@@ -127,8 +146,7 @@ impl Place {
         }
     }
 
-    async fn gain_from(log: Arc<Log>, partition: PartitionId, cautious: usize, low: u64) -> Result<Self> {
-        let slot = slot(log.admin()?, &log.topic, partition).await?;
+    async fn gain_from(log: Arc<Log>, partition: PartitionId, slot: Key, low: u64) -> Result<Self> {
         let place = Self {
             log,
             partition,
@@ -148,15 +166,19 @@ impl Place {
             Err(error) if error.kind() == ErrorKind::Full => place.read_on().await?,
             Err(error) => return Err(error),
         }
-        let source = place.log.admin()?.topic(&place.log.source).await?;
-        let ends = source.and_then(|info| info.partitions.into_iter().find(|p| p.partition == partition));
-        if let Some(info) = ends {
-            place.fold.lock().source_ends(info.next);
-        }
-        if place.fold.lock().is_unclean() && !planted(Bug::NoCaution) {
-            place.cautious.store(cautious, Atomic::Relaxed);
-        }
         Ok(place)
+    }
+
+    /// Begins, with where the source ended after the takeover. Deliveries run with caution at first if the owner
+    /// before us did not leave by itself.
+    pub(super) fn begin(&self, source_end: Option<Offset>, cautious: usize) {
+        let mut fold = self.fold.lock();
+        if let Some(end) = source_end {
+            fold.source_ends(end);
+        }
+        if fold.is_unclean() && !planted(Bug::NoCaution) {
+            self.cautious.store(cautious, Atomic::Relaxed);
+        }
     }
 
     /// Position of our Takeover, which is said before anything else.

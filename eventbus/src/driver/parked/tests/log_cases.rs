@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::place::{Log, Place};
+use super::super::place::{Log, Place, slots};
 use super::super::record::{Parked, Sequence};
 use super::World;
 use super::cases::{Ended, claim, declare, event, group, source};
@@ -33,7 +33,12 @@ async fn log(world: &World) -> Arc<Log> {
 }
 
 async fn gain(log: &Arc<Log>) -> Result<Place, String> {
-    Place::gain(log.clone(), PartitionId(3), 10).await.map_err(|error| error.to_string())
+    let (admin, partition) = (log.admin().unwrap(), PartitionId(3));
+    let slot = slots(admin, &log.topic, &[partition]).await.unwrap()[&partition].clone();
+    let low = log.lows().await.unwrap()[&partition];
+    let place = Place::gain(log.clone(), partition, slot, low).await.map_err(|error| error.to_string())?;
+    place.begin(None, 10);
+    Ok(place)
 }
 
 async fn park(place: &Place, name: &str, origin: u64, attempts: u32) -> Result<EventId, String> {
