@@ -45,6 +45,7 @@ pub(crate) struct Policy {
     pub(crate) lanes: NonZeroUsize,
     pub(crate) window: NonZeroUsize,
     pub(crate) lease: Duration,
+    pub(crate) silence: Duration,
     pub(crate) retry: Retry,
     pub(crate) parking: Parking,
     #[cfg(feature = "rate-limit")]
@@ -61,6 +62,7 @@ pub(crate) struct Policy {
 /// | keys handled in parallel, each topic | 32 | [`lanes`](Self::lanes) |
 /// | events in hand, each topic | 1,024 | [`window`](Self::window) |
 /// | a delivery without a sign of life | 30 s | [`lease`](Self::lease) |
+/// | events wait and nothing is delivered | 60 s | [`rejoin_after`](Self::rejoin_after) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
 /// | events in one call of a batch handler | 64 | [`on_batch`](Self::on_batch) |
@@ -121,6 +123,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             lanes: NonZeroUsize::MIN.saturating_add(31),
             window: Subscription::WINDOW,
             lease: Subscription::LEASE,
+            silence: Duration::from_secs(60),
             retry: Retry::default(),
             parking: Parking::default(),
             #[cfg(feature = "rate-limit")]
@@ -204,6 +207,15 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn lease(mut self, lease: Duration) -> Self {
         self.policy.lease = lease;
+        self
+    }
+
+    /// Sets for how long events may wait while nothing is delivered and nothing is in hand: then the consumer is
+    /// given up and the group joined again, and health is degraded until a delivery comes. What was handed back
+    /// with a delay is waited for first. It needs a transport with an admin, and that assigns partitions.
+    #[must_use]
+    pub fn rejoin_after(mut self, silence: Duration) -> Self {
+        self.policy.silence = silence;
         self
     }
 

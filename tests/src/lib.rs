@@ -1,5 +1,6 @@
 //! Subjects and broken transports for the whole-system tests.
 
+pub mod around;
 pub mod disk;
 pub mod folder;
 pub mod mutant;

@@ -11,6 +11,7 @@ use eventbus::{Content, PartitionId, Transport, Undecodable};
 use eventbus::{Error, ErrorKind};
 use parking_lot::Mutex;
 
+use crate::around::Around;
 use crate::disk::Disk;
 use crate::folder::Folder;
 use crate::mutant::store::{Fault, Faulty};
@@ -92,7 +93,8 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
             drop(folder);
             Ok(match fault {
                 Fault::TrustsSecondSync | Fault::SkipsCorruption => {
-                    Arc::new(Faulty { sqlite, path, options, fault }) as Arc<dyn Transport>
+                    let change = Faulty { path, options, fault };
+                    Arc::new(Around { inner: Arc::new(sqlite), change }) as Arc<dyn Transport>
                 }
                 Fault::None | Fault::DiskLies => Arc::new(sqlite),
             })

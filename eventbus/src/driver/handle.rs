@@ -405,7 +405,7 @@ async fn park(
         }
     }
     if planted(Bug::SettlesBeforePark) {
-        drop(subscribed.consumer.settle(&[(token, Settle::Ack)]).await);
+        drop(subscribed.consumer().settle(&[(token, Settle::Ack)]).await);
     }
     let mut pause = PAUSE;
     loop {

@@ -15,6 +15,7 @@ mod layers;
 mod outputs;
 mod parked;
 mod run;
+mod silence;
 mod subscribed;
 
 use std::sync::Arc;

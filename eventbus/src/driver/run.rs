@@ -12,12 +12,13 @@ use tokio::time::Instant;
 use super::handle;
 use super::lanes::{Lane, Work};
 use super::layers::metrics::Meters;
+use super::silence;
 use super::subscribed::Subscribed;
 use super::{MAX_PAUSE, PAUSE};
 use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
-use crate::transport::{Delivery, Polled, Settle, Token};
+use crate::transport::{Consumer, Delivery, Polled, Settle, Token};
 
 /// No drain takes longer, whatever is asked for.
 const LONGEST_DRAIN: Duration = Duration::from_secs(24 * 3600);
@@ -41,14 +42,16 @@ pub(super) async fn run(
     if let Some(every) = subscribed.renew_every {
         renewing.spawn(renew(subscribed.clone(), every));
     }
-    let mut parking = JoinSet::new();
+    let mut others = JoinSet::new();
     if Meters::ARE_ON {
-        parking.spawn(report(subscribed.clone()));
+        others.spawn(report(subscribed.clone()));
     }
-    parking.spawn(heads(subscribed.clone()));
-    parking.spawn(keep_parked(subscribed.clone()));
+    let watched = subscribed.clone();
+    others.spawn(async move { silence::watch(&watched).await });
+    others.spawn(heads(subscribed.clone()));
+    others.spawn(keep_parked(subscribed.clone()));
     let ended = intake(&subscribed, &mut stop).await;
-    drop(parking);
+    drop(others);
     if let Err(error) = &ended {
         tracing::error!(%error, topic = %subscribed.topic, group = %subscribed.group, "the subscription ended");
     }
@@ -71,7 +74,7 @@ pub(super) async fn run(
     if let (Some(parked), Ok(())) = (&subscribed.parked, &settled) {
         drop(tokio::time::timeout_at(deadline + PAUSE, parked.close()).await);
     }
-    let closed = subscribed.consumer.close((deadline + PAUSE).into_std()).await;
+    let closed = subscribed.consumer().close((deadline + PAUSE).into_std()).await;
     ended?;
     match settled {
         Ok(()) => closed,
@@ -87,6 +90,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
     let mut pause = PAUSE;
     let mut leaving: BTreeSet<PartitionId> = BTreeSet::new();
     loop {
+        let consumer = subscribed.consumer();
         let polled = tokio::select! {
             biased;
             () = async { drop(stop.wait_for(|stop| *stop).await) } => return Ok(()),
@@ -95,9 +99,10 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 if let Some(parked) = &subscribed.parked {
                     parked.release(&ready).await;
                 }
-                match subscribed.consumer.release(&ready).await {
+                match consumer.release(&ready).await {
                     Ok(()) => {
                         subscribed.lanes.forget(&ready);
+                        subscribed.silence.left(&ready);
                         leaving.retain(|partition| !ready.contains(partition));
                     }
                     Err(error) if error.kind() == ErrorKind::Closed => return Ok(()),
@@ -109,7 +114,14 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 }
                 continue;
             }
-            polled = subscribed.consumer.poll(subscribed.policy.window) => polled,
+            () = subscribed.silence.broken() => {
+                leaving.clear();
+                if !rejoin(subscribed, &*consumer, stop).await {
+                    return Ok(());
+                }
+                continue;
+            }
+            polled = consumer.poll(subscribed.policy.window) => polled,
         };
         subscribed.polling_fails.store(polled.is_err(), Atomic::Relaxed);
         match polled {
@@ -124,6 +136,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
             }
             Ok(Polled::Assigned(partitions)) => {
                 subscribed.lanes.forget(&partitions);
+                subscribed.silence.gained(&partitions);
                 leaving.retain(|partition| !partitions.contains(partition));
                 if !gain(subscribed, partitions.into_iter().collect(), stop).await? {
                     return Ok(());
@@ -142,11 +155,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 leaving.extend(partitions);
             }
             Ok(Polled::Lost(partitions)) => {
-                subscribed.lose(subscribed.books.of(&partitions).into_iter());
-                subscribed.lanes.forget(&partitions);
-                if let Some(parked) = &subscribed.parked {
-                    parked.lose(&partitions);
-                }
+                lose(subscribed, &partitions);
                 leaving.retain(|partition| !partitions.contains(partition));
             }
             Ok(Polled::Closed) => return Ok(()),
@@ -162,6 +171,38 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 }
             }
         }
+    }
+}
+
+/// Forgets partitions that are no longer ours, and what is in hand of them.
+fn lose(subscribed: &Subscribed, partitions: &[PartitionId]) {
+    subscribed.lose(subscribed.books.of(partitions).into_iter());
+    subscribed.lanes.forget(partitions);
+    subscribed.silence.left(partitions);
+    if let Some(parked) = &subscribed.parked {
+        parked.lose(partitions);
+    }
+}
+
+/// Gives a consumer up and joins the group again. Returns whether to go on.
+async fn rejoin(subscribed: &Subscribed, silent: &dyn Consumer, stop: &mut watch::Receiver<bool>) -> bool {
+    lose(subscribed, &subscribed.silence.leave_all());
+    let joining = async {
+        if let Err(error) = silent.close((Instant::now() + MAX_PAUSE).into_std()).await {
+            tracing::debug!(%error, topic = %subscribed.topic, "the silent consumer did not leave");
+        }
+        let mut pause = PAUSE;
+        while let Err(error) = subscribed.join_again().await {
+            subscribed.polling_fails.store(true, Atomic::Relaxed);
+            tracing::warn!(%error, topic = %subscribed.topic, group = %subscribed.group, "joining again failed; trying again");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    };
+    tokio::select! {
+        biased;
+        () = async { drop(stop.wait_for(|stop| *stop).await) } => false,
+        () = joining => true,
     }
 }
 
@@ -322,7 +363,14 @@ async fn settle(subscribed: Arc<Subscribed>) {
     while subscribed.settling.next(&mut batch).await {
         let mut pause = PAUSE;
         loop {
-            match subscribed.consumer.settle(&batch).await {
+            let delay = batch.iter().filter_map(|(_, how)| match how {
+                Settle::Retry { after } => *after,
+                _ => None,
+            });
+            if let Some(delay) = delay.max() {
+                subscribed.silence.expect_after(delay);
+            }
+            match subscribed.consumer().settle(&batch).await {
                 Ok(settled) => {
                     if !settled.lost.is_empty() {
                         tracing::warn!(n = settled.lost.len(), topic = %subscribed.topic, "deliveries were lost before their settle; they run again");
@@ -351,7 +399,7 @@ async fn renew(subscribed: Arc<Subscribed>, every: Duration) {
         if tokens.is_empty() {
             continue;
         }
-        if let Err(error) = subscribed.consumer.renew(&tokens, subscribed.lease).await {
+        if let Err(error) = subscribed.consumer().renew(&tokens, subscribed.lease).await {
             tracing::warn!(%error, topic = %subscribed.topic, "leases could not be renewed");
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use tokio::sync::{Notify, watch};
 
 use super::books::{Books, Settling};
@@ -14,6 +15,7 @@ use super::layers::metrics::Meters;
 use super::layers::rate::Rate;
 use super::parked::Parked;
 use super::parked::record::Sequence;
+use super::silence::Silence;
 use super::{Counts, Health};
 use crate::bus::Bus;
 use crate::capability::{Capabilities, Lease, Ordering, Replay};
@@ -37,7 +39,9 @@ pub(crate) struct Subscribed {
     batches: bool,
     pub(super) policy: Policy,
     pub(super) source: String,
-    pub(super) consumer: Arc<dyn Consumer>,
+    consumer: RwLock<Arc<dyn Consumer>>,
+    subscription: Subscription,
+    pub(super) silence: Silence,
     pub(super) publisher: Arc<dyn Publisher>,
     pub(super) transport: Arc<dyn Transport>,
     /// Leases are renewed so often; `None` where there are none.
@@ -114,11 +118,13 @@ impl Subscribed {
             policy: policy.clone(),
             publisher,
             transport: bus.transport().clone(),
-            consumer,
+            consumer: RwLock::new(consumer),
+            silence: Silence::new(policy.silence, policy.retry.max),
             renew_every: (capabilities.lease == Lease::Extendable).then_some(subscription.lease / 3),
             lease: subscription.lease,
             ordered: subscription.ordering >= Ordering::PerKey,
             topic,
+            subscription,
             lanes: Lanes::default(),
             breaker: Breaker::default(),
             rate: rate(policy),
@@ -170,6 +176,20 @@ impl Subscribed {
         let expired = envelope.expiry().is_some_and(|end| end <= std::time::SystemTime::now());
         self.counters.expired.fetch_add(u64::from(expired), Atomic::Relaxed);
         expired
+    }
+
+    pub(super) fn consumer(&self) -> Arc<dyn Consumer> {
+        self.consumer.read().clone()
+    }
+
+    /// Joins the group again, with a consumer in the place of the one that was left.
+    ///
+    /// # Cancellation
+    /// Safe: the place stays as it is.
+    pub(super) async fn join_again(&self) -> Result<()> {
+        let consumer = self.transport.subscribe(&self.subscription).await?;
+        *self.consumer.write() = consumer;
+        Ok(())
     }
 
     /// Ends every wait of what is in hand.
@@ -233,6 +253,7 @@ impl Subscribed {
             .count();
         self.counters.redelivered.fetch_add(again as u64, Atomic::Relaxed);
         self.meters.consumed(deliveries.len());
+        self.silence.heard();
         self.books.enter(deliveries);
     }
 
@@ -259,6 +280,8 @@ impl Subscribed {
             "handlers of many keys fail: waiting for a probe to succeed"
         } else if self.polling_fails.load(Atomic::Relaxed) {
             "the transport fails: trying again"
+        } else if self.silence.is_silent() {
+            "events wait and nothing is delivered: joined again"
         } else if let Some(reason) = self.parked.as_ref().and_then(Parked::ails) {
             reason
         } else {

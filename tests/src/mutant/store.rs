@@ -3,14 +3,14 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
-    Admin, Capabilities, Confirm, Consumer, Content, Envelope, ErrorKind, PartitionId, Polled, Publisher,
-    Result, Settle, Settled, Subscription, Token, Topic, Transport,
+    Confirm, Consumer, Content, Envelope, ErrorKind, Polled, Publisher, Result, Settle, Topic, Transport,
 };
+
+use crate::around::{Change, Enqueue, Enqueues, Poll, Polls};
 
 /// What is wrong with a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,60 +25,44 @@ pub enum Fault {
     SkipsCorruption,
 }
 
-/// A store with a fault beside it.
+/// A fault beside a store.
 #[derive(Debug)]
 pub(crate) struct Faulty {
-    pub(crate) sqlite: Sqlite,
     pub(crate) path: PathBuf,
     pub(crate) options: Options,
     pub(crate) fault: Fault,
 }
 
-#[async_trait]
-impl Transport for Faulty {
-    fn capabilities(&self) -> Capabilities {
-        self.sqlite.capabilities()
-    }
-
-    async fn publisher(&self) -> Result<Arc<dyn Publisher>> {
-        let publisher = self.sqlite.publisher().await?;
-        Ok(match self.fault {
+impl Change for Faulty {
+    fn publisher(&self, publisher: Arc<dyn Publisher>) -> Arc<dyn Publisher> {
+        match self.fault {
             Fault::TrustsSecondSync => {
-                Arc::new(Trusting { publisher, path: self.path.clone(), options: self.options })
+                let trusting = Trusting { path: self.path.clone(), options: self.options };
+                Arc::new(Enqueues(publisher, trusting))
             }
             _ => publisher,
-        })
+        }
     }
 
-    async fn subscribe(&self, subscription: &Subscription) -> Result<Arc<dyn Consumer>> {
-        let consumer = self.sqlite.subscribe(subscription).await?;
-        Ok(match self.fault {
-            Fault::SkipsCorruption => Arc::new(Skipping(consumer)),
+    fn consumer(&self, consumer: Arc<dyn Consumer>) -> Arc<dyn Consumer> {
+        match self.fault {
+            Fault::SkipsCorruption => Arc::new(Polls(consumer, Skipping)),
             _ => consumer,
-        })
-    }
-
-    fn admin(&self) -> Option<&dyn Admin> {
-        self.sqlite.admin()
-    }
-
-    async fn close(&self) -> Result<()> {
-        self.sqlite.close().await
+        }
     }
 }
 
 /// Opens the store again when it refuses, and goes on.
 #[derive(Debug)]
 struct Trusting {
-    publisher: Arc<dyn Publisher>,
     path: PathBuf,
     options: Options,
 }
 
 #[async_trait]
-impl Publisher for Trusting {
-    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
-        let receipts = self.publisher.enqueue(topic, batch.clone()).await?.await;
+impl Enqueue for Trusting {
+    async fn enqueue(&self, inner: &dyn Publisher, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
+        let receipts = inner.enqueue(topic, batch.clone()).await?.await;
         if receipts
             .iter()
             .all(|receipt| !matches!(receipt, Err(error) if error.kind() == ErrorKind::Unavailable))
@@ -90,25 +74,17 @@ impl Publisher for Trusting {
         again.close().await?;
         Ok(Confirm::ready(receipts))
     }
-
-    async fn flush(&self) -> Result<()> {
-        self.publisher.flush().await
-    }
-
-    async fn close(&self) -> Result<()> {
-        self.publisher.close().await
-    }
 }
 
 /// Hands out what is whole, and says nothing of the rest.
 #[derive(Debug)]
-struct Skipping(Arc<dyn Consumer>);
+struct Skipping;
 
 #[async_trait]
-impl Consumer for Skipping {
-    async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
+impl Poll for Skipping {
+    async fn poll(&self, inner: &dyn Consumer, max: NonZeroUsize) -> Result<Polled> {
         loop {
-            let mut deliveries = match self.0.poll(max).await {
+            let mut deliveries = match inner.poll(max).await {
                 Ok(Polled::Deliveries(deliveries)) => deliveries,
                 Err(error) if matches!(error.kind(), ErrorKind::Corrupt) => std::future::pending().await,
                 other => return other,
@@ -118,27 +94,11 @@ impl Consumer for Skipping {
                 .filter(|delivery| matches!(delivery.content, Content::Undecodable(_)))
                 .map(|delivery| (delivery.token, Settle::Ack))
                 .collect();
-            self.0.settle(&damaged).await?.all()?;
+            inner.settle(&damaged).await?.all()?;
             deliveries.retain(|delivery| matches!(delivery.content, Content::Envelope(_)));
             if !deliveries.is_empty() {
                 return Ok(Polled::Deliveries(deliveries));
             }
         }
-    }
-
-    async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
-        self.0.settle(outcomes).await
-    }
-
-    async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
-        self.0.release(partitions).await
-    }
-
-    async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled> {
-        self.0.renew(tokens, lease).await
-    }
-
-    async fn close(&self, deadline: Instant) -> Result<()> {
-        self.0.close(deadline).await
     }
 }

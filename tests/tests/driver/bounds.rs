@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use eventbus::{Service, State, Typed};
+use async_trait::async_trait;
+use eventbus::{Bus, Consumer, Failure, Followers, Health, Parking, Polled, Service, State, Typed, Waits};
+use eventbus_tests::around::{Around, Change, Poll, Polls};
 use tokio::sync::Semaphore;
 
-use super::{Log, Step, on_each, topic};
+use super::{Log, Step, on_each, quick, topic};
 
 /// A handler that takes three times its lease runs once: the lease is renewed while it works.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -56,6 +58,135 @@ async fn stalled_handlers_stop_intake() {
         assert_eq!(running.counts().in_flight, 16, "more than the window is in hand");
         state.1.add_permits(1_000);
         state.0.until(500).await;
+        running.stop().await.unwrap();
+    })
+    .await;
+}
+
+/// Hears the first deliveries and nothing after them, as on a connection that died without a word.
+#[derive(Debug)]
+struct Deaf {
+    n_heard: AtomicUsize,
+    hears: usize,
+    /// It begins to hear when there is a permit.
+    begins: Arc<Semaphore>,
+}
+
+#[async_trait]
+impl Poll for Deaf {
+    async fn poll(&self, inner: &dyn Consumer, max: NonZeroUsize) -> eventbus::Result<Polled> {
+        if self.n_heard.load(Ordering::SeqCst) >= self.hears {
+            std::future::pending::<()>().await;
+        }
+        drop(self.begins.acquire().await);
+        let polled = inner.poll(max).await?;
+        if let Polled::Deliveries(deliveries) = &polled {
+            self.n_heard.fetch_add(deliveries.len(), Ordering::SeqCst);
+        }
+        Ok(polled)
+    }
+}
+
+/// The first consumer goes deaf; those that follow hear everything, when they may begin.
+#[derive(Debug)]
+struct FirstIsDeaf {
+    n_consumers: AtomicUsize,
+    begin: Arc<Semaphore>,
+}
+
+impl FirstIsDeaf {
+    fn new(begin: &Arc<Semaphore>) -> Self {
+        Self { n_consumers: AtomicUsize::new(0), begin: begin.clone() }
+    }
+}
+
+impl Change for FirstIsDeaf {
+    fn consumer(&self, consumer: Arc<dyn Consumer>) -> Arc<dyn Consumer> {
+        let (hears, begins) = match self.n_consumers.fetch_add(1, Ordering::SeqCst) {
+            0 => (3, Arc::new(Semaphore::new(1))),
+            _ => (usize::MAX, self.begin.clone()),
+        };
+        Arc::new(Polls(consumer, Deaf { n_heard: AtomicUsize::new(0), hears, begins }))
+    }
+}
+
+/// A consumer that hears nothing while events wait is degraded, given up and replaced; nothing is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_consumer_is_degraded_and_replaced() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) {
+        log.add(&step);
+    }
+    on_each(async |bus| {
+        let begin = Arc::new(Semaphore::new(0));
+        let bus = Bus::new(Around { inner: bus.transport().clone(), change: FirstIsDeaf::new(&begin) });
+        let log = Log::default();
+        let service = Service::new("deaf")
+            .retry(quick())
+            // No log of parked events: the only consumer is that of the topic.
+            .parking(Parking::default().with_waits(Waits::Transport).with_followers(Followers::Skip))
+            .rejoin_after(Duration::from_millis(600))
+            .on(topic("steps"), handle);
+        let running = service.with_state(log.clone()).start(&bus).await.unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        let publish =
+            async |n| publisher.publish(&topic("steps"), &Step { key: "a".into(), n }).await.unwrap();
+        for n in 0..3 {
+            publish(n).await;
+            log.until(n as usize + 1).await;
+        }
+        assert_eq!(running.health(), [Health::Running]);
+        publish(3).await;
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        while running.health() == [Health::Running] {
+            assert!(tokio::time::Instant::now() < deadline, "nobody noticed the silence");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let [Health::Degraded { reason, .. }] = running.health()[..] else {
+            panic!("{:?}", running.health())
+        };
+        assert_eq!(reason, "events wait and nothing is delivered: joined again");
+        begin.add_permits(1);
+        log.until(4).await;
+        publish(4).await;
+        log.until(5).await;
+        assert_eq!(running.health(), [Health::Running]);
+        running.stop().await.unwrap();
+        assert_eq!(log.all().iter().map(|(_, n)| *n).collect::<Vec<_>>(), [0, 1, 2, 3, 4]);
+    })
+    .await;
+}
+
+/// A service that has nothing to do, or waits for what it handed back, is left in peace.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_that_waits_rightly_is_left_in_peace() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) -> Result<(), Failure> {
+        log.add(&step);
+        match log.all().len() {
+            1 => Err(Failure::transient("not.yet", "come again").retry_after(Duration::from_millis(1_500))),
+            _ => Ok(()),
+        }
+    }
+    on_each(async |bus| {
+        let log = Log::default();
+        let service = Service::new("patient")
+            .retry(quick())
+            .parking(Parking::default().with_waits(Waits::Transport).with_followers(Followers::Skip))
+            .rejoin_after(Duration::from_millis(200))
+            .on(topic("steps"), handle);
+        let running = service.with_state(log.clone()).start(&bus).await.unwrap();
+        bus.publisher()
+            .await
+            .unwrap()
+            .publish(&topic("steps"), &Step { key: "a".into(), n: 0 })
+            .await
+            .unwrap();
+        log.until(1).await;
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        while log.all().len() < 2 {
+            assert!(tokio::time::Instant::now() < deadline, "it never came again");
+            assert_eq!(running.health(), [Health::Running]);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         running.stop().await.unwrap();
     })
     .await;
