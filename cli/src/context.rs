@@ -35,6 +35,9 @@ pub(crate) struct Config {
     /// The context used when none is named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub current: Option<String>,
+    /// The context that was used before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub previous: Option<String>,
     /// The contexts by name.
     #[serde(default)]
     pub context: BTreeMap<String, Context>,
@@ -172,9 +175,31 @@ enum What {
     },
     /// Chooses the one that is used where none is named.
     Use {
-        /// Its name.
+        /// Its name; - is the one that was in use before.
+        #[arg(allow_hyphen_values = true)]
         name: String,
     },
+    /// Shows one: the one in use, if none is named.
+    Show {
+        /// Its name.
+        name: Option<String>,
+    },
+    /// Connects, and says how long that took. Exit code 6 if it fails.
+    Test {
+        /// Its name; the one in use, if none is given.
+        name: Option<String>,
+    },
+    /// Adds one that is like another.
+    Copy {
+        /// The name of the one that is there.
+        from: String,
+        /// The name of the new one.
+        to: String,
+    },
+    /// Opens the configuration in $VISUAL or $EDITOR, and checks it.
+    Edit,
+    /// Writes the name of the one in use, for a shell's prompt; nothing if there is none.
+    Prompt,
     /// Removes one.
     Rm {
         /// Its name.
@@ -182,20 +207,58 @@ enum What {
     },
 }
 
+/// A context as a row; what is secret in its address is not shown.
+fn shown(name: &str, context: &Context) -> serde_json::Map<String, serde_json::Value> {
+    let url = eventbus::url::Url::parse(&context.url).map_or_else(|_| "?".into(), |url| url.to_string());
+    row! {"name": name, "url": url, "label": context.label, "protected": context.protected,
+    "read_only": context.read_only}
+}
+
+/// Has the configuration edited, and takes it only if it can be read.
+fn edit(given: Option<&PathBuf>) -> Outcome {
+    let editor = ["VISUAL", "EDITOR"]
+        .iter()
+        .find_map(std::env::var_os)
+        .ok_or_else(|| Failure::Usage("no editor: set VISUAL or EDITOR".into()))?;
+    // The file exists then, with what is in it.
+    Config::own(given)?.save(given)?;
+    let Some(path) = Config::path(given) else { return Ok(()) };
+    let new = path.with_extension("toml.new");
+    std::fs::copy(&path, &new)?;
+    // An editor may come with arguments, as in EDITOR="code --wait".
+    let status = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(format!("{} \"$1\"", editor.to_string_lossy()))
+        .arg("eventctl")
+        .arg(&new)
+        .status()?;
+    if !status.success() {
+        return Err(Failure::Runtime(format!("the editor ended with {status}; nothing is changed")));
+    }
+    if let Err(failure) = Config::parse(&new) {
+        return Err(Failure::Usage(format!(
+            "{failure}; nothing is changed, your text is in {}",
+            new.display()
+        )));
+    }
+    std::fs::rename(&new, &path)?;
+    say!("{} is changed", path.display());
+    Ok(())
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Usage: an address that is none; not found; the file cannot be written.
-pub(crate) fn run(command: &ContextCommand, given: Option<&PathBuf>, out: &mut Out) -> Outcome {
+pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: &mut Out) -> Outcome {
     let missing = |name: &str| Failure::NotFound(format!("there is no context {name} in your configuration"));
     match &command.what {
         None | Some(What::List) => {
             let config = Config::load(given)?;
             let rows = config.context.iter().map(|(name, context)| {
-                let url = eventbus::url::Url::parse(&context.url)
-                    .map_or_else(|_| "?".into(), |url| url.to_string());
-                row! {"name": name, "url": url, "label": context.label, "protected": context.protected,
-                "read_only": context.read_only, "current": config.current.as_deref() == Some(name)}
+                let mut row = shown(name, context);
+                row.insert("current".into(), (config.current.as_deref() == Some(name)).into());
+                row
             });
             out.rows(rows.collect())
         }
@@ -210,18 +273,53 @@ pub(crate) fn run(command: &ContextCommand, given: Option<&PathBuf>, out: &mut O
             };
             config.context.insert(name.clone(), context);
             if *and_use {
-                config.current = Some(name.clone());
+                config.previous = config.current.replace(name.clone());
             }
             config.save(given)?;
             say!("context {name} is {}", if *and_use { "added and in use" } else { "added" });
             Ok(())
         }
-        Some(What::Use { name }) => {
-            if !Config::load(given)?.context.contains_key(name) {
-                return Err(missing(name));
-            }
+        Some(What::Show { name }) => {
+            let (name, context) = Config::load(given)?.find(name.as_deref())?;
+            out.rows(vec![shown(&name, &context)])
+        }
+        Some(What::Test { name }) => {
+            let (name, context) = Config::load(given)?.find(name.as_deref())?;
+            let care = Care { confirm: Vec::new(), no_input: true, dry_run: true };
+            let started = std::time::Instant::now();
+            let session = Session::open(false, name.clone(), context, care).await?;
+            let n_topics = session.admin()?.topics().await?.len();
+            session.bus.close().await?;
+            say!("context {name} answers: {n_topics} topics, {} ms", started.elapsed().as_millis());
+            Ok(())
+        }
+        Some(What::Copy { from, to }) => {
+            let (_, context) = Config::load(given)?.find(Some(from))?;
             let mut config = Config::own(given)?;
-            config.current = Some(name.clone());
+            if config.context.contains_key(to) {
+                return Err(Failure::Refused(format!("there is a context {to} already: remove it first")));
+            }
+            config.context.insert(to.clone(), context);
+            config.save(given)?;
+            say!("context {to} is a copy of {from}");
+            Ok(())
+        }
+        Some(What::Edit) => edit(given),
+        Some(What::Prompt) => match Config::load(given)?.current {
+            Some(current) => out.line(current),
+            None => Ok(()),
+        },
+        Some(What::Use { name }) => {
+            let mut config = Config::own(given)?;
+            let name = match (name.as_str(), &config.previous) {
+                ("-", None) => return Err(Failure::NotFound("no context was in use before".into())),
+                ("-", Some(previous)) => previous.clone(),
+                (name, _) => name.to_owned(),
+            };
+            if !Config::load(given)?.context.contains_key(&name) {
+                return Err(missing(&name));
+            }
+            config.previous = config.current.replace(name.clone());
             config.save(given)?;
             say!("context {name} is in use");
             Ok(())
@@ -230,6 +328,7 @@ pub(crate) fn run(command: &ContextCommand, given: Option<&PathBuf>, out: &mut O
             let mut config = Config::own(given)?;
             config.context.remove(name).ok_or_else(|| missing(name))?;
             config.current = config.current.filter(|current| current != name);
+            config.previous = config.previous.filter(|previous| previous != name);
             config.save(given)?;
             say!("context {name} is removed; what it named is untouched");
             Ok(())
@@ -246,8 +345,18 @@ pub(crate) struct Session {
     pub broker: String,
     name: String,
     context: Context,
-    confirm: Vec<String>,
-    no_input: bool,
+    care: Care,
+}
+
+/// What was said about writing.
+#[derive(Debug)]
+pub(crate) struct Care {
+    /// Names that were confirmed.
+    pub confirm: Vec<String>,
+    /// Nobody is asked.
+    pub no_input: bool,
+    /// Nothing is written.
+    pub dry_run: bool,
 }
 
 impl Session {
@@ -255,13 +364,7 @@ impl Session {
     ///
     /// # Errors
     /// Connect: the transport cannot be reached.
-    pub(crate) async fn open(
-        creates: bool,
-        name: String,
-        context: Context,
-        confirm: Vec<String>,
-        no_input: bool,
-    ) -> Outcome<Self> {
+    pub(crate) async fn open(creates: bool, name: String, context: Context, care: Care) -> Outcome<Self> {
         let file = context.url.strip_prefix("sqlite://").and_then(|rest| rest.split('?').next());
         if let Some(file) =
             file.filter(|file| !creates && !file.is_empty() && !std::path::Path::new(file).exists())
@@ -281,7 +384,7 @@ impl Session {
             Err(error) => return Err(Failure::Connect(error.to_string())),
         };
         let broker = context.url.split("://").next().unwrap_or_default().to_owned();
-        Ok(Self { bus, broker, name, context, confirm, no_input })
+        Ok(Self { bus, broker, name, context, care })
     }
 
     /// Returns the file of an embedded store.
@@ -308,11 +411,11 @@ impl Session {
         if self.context.read_only || env {
             return Err(Failure::Refused(format!("context {} is read-only", self.shown())));
         }
-        if !self.context.protected {
-            return Ok(());
+        if self.context.protected {
+            say!("context {} [PROTECTED]", self.shown());
+            self.typed(&self.name, "context", "is protected")?;
         }
-        say!("context {} [PROTECTED]", self.shown());
-        self.typed(&self.name, "context", "is protected")
+        if self.care.dry_run { Err(Failure::DryRun) } else { Ok(()) }
     }
 
     /// The gate of what destroys: the name of the thing, typed or given.
@@ -325,10 +428,10 @@ impl Session {
     }
 
     fn typed(&self, name: &str, what: &str, why: &str) -> Outcome {
-        if self.confirm.iter().any(|given| given == name) {
+        if self.care.confirm.iter().any(|given| given == name) {
             return Ok(());
         }
-        if self.no_input || !std::io::stdin().is_terminal() {
+        if self.care.no_input || !std::io::stdin().is_terminal() {
             return Err(Failure::Refused(format!("{what} {name} {why}: add --confirm {name}")));
         }
         eprint!("{what} {name} {why}: type its name to go on: ");

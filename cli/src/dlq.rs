@@ -132,7 +132,7 @@ async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Ou
     let admin = session.admin()?;
     let settled = audit::settled_letters(session).await?;
     let wanted = dest.map(Topic::dead_letters).transpose()?;
-    let mut found = Vec::new();
+    let (mut found, filter) = (Vec::new(), filter.ready(&session.broker)?);
     for info in admin.topics().await? {
         let of_dest = wanted.as_ref().is_none_or(|wanted| *wanted == info.topic);
         if !info.topic.as_str().ends_with(".dlq") || !of_dest {
@@ -142,10 +142,8 @@ async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Ou
         let mut reader = Reader::new(admin, info.topic.clone(), spans);
         while let Some(record) = reader.next().await? {
             let place = record::reference(&info.topic, &record);
-            let Some(event) = event(&record).filter(|_| filter.takes(&record.content)).cloned() else {
-                continue;
-            };
-            if !settled.contains(&audit::name_of(&place, event.id())) {
+            let Some(event) = event(&record).cloned() else { continue };
+            if filter.takes(&info.topic, &record)? && !settled.contains(&audit::name_of(&place, event.id())) {
                 found.push(Letter { place, record, event });
             }
         }

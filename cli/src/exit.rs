@@ -28,6 +28,8 @@ pub(crate) enum Failure {
     Plugin(u8),
     /// 130: interrupted.
     Interrupted,
+    /// 0: everything was checked, and nothing written.
+    DryRun,
     /// 0: the reader of our output has gone.
     ClosedPipe,
 }
@@ -39,7 +41,7 @@ impl Failure {
     /// The exit code.
     pub(crate) fn code(&self) -> ExitCode {
         ExitCode::from(match self {
-            Self::ClosedPipe => 0,
+            Self::ClosedPipe | Self::DryRun => 0,
             Self::Runtime(_) => 1,
             Self::Usage(_) => 2,
             Self::Partial(_) => 3,
@@ -66,6 +68,7 @@ impl fmt::Display for Failure {
             | Self::Check(text)
             | Self::Timeout(text) => f.write_str(text),
             Self::Interrupted => f.write_str("interrupted"),
+            Self::DryRun => f.write_str("dry run: nothing was written"),
             Self::ClosedPipe | Self::Plugin(_) => Ok(()),
         }
     }

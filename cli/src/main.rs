@@ -1,19 +1,23 @@
 //! `eventctl`: publish, tail, inspect, replay and redrive, with the same words on every transport.
 
 mod audit;
+mod cloudevents;
 mod context;
 mod dlq;
 mod doctor;
 mod exit;
 mod held;
 mod inspect;
+mod jq;
 mod out;
+mod progress;
 mod publish;
 mod range;
 mod reader;
 mod record;
 mod replay;
 mod tail;
+mod time;
 mod topic;
 
 use std::path::PathBuf;
@@ -23,9 +27,11 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser, Subcommand};
 use serde_json::json;
 
-use crate::context::{Config, Session};
+use crate::context::{Care, Config, Session};
 use crate::exit::{Failure, Outcome};
-use crate::out::{Format, Out, say};
+use crate::out::{Color, Format, Out, say};
+use crate::progress::Style;
+use crate::time::Time;
 
 /// Publish, tail, inspect, replay and redrive on the event bus.
 ///
@@ -34,7 +40,12 @@ use crate::out::{Format, Out, say};
 ///   eventctl -c sqlite://shop.db tail orders -f
 ///   eventctl -c sqlite://shop.db dlq list --group-by reason
 #[derive(Debug, Parser)]
-#[command(version, verbatim_doc_comment, disable_help_subcommand = true)]
+#[command(
+    version,
+    verbatim_doc_comment,
+    disable_help_subcommand = true,
+    next_help_heading = "Global options"
+)]
 struct Cli {
     /// A context's name, or an address.
     #[arg(
@@ -52,6 +63,24 @@ struct Cli {
     /// Only these columns of lists.
     #[arg(long, global = true, value_delimiter = ',', value_name = "NAMES")]
     columns: Option<Vec<String>>,
+    /// Writes lists without their first line of names.
+    #[arg(long, global = true)]
+    no_headers: bool,
+    /// How times are shown to people.
+    #[arg(long, global = true, value_enum, default_value = "iso", value_name = "FORM")]
+    time: Time,
+    /// Whether the names of columns are set off; NO_COLOR and TERM=dumb are heard.
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN")]
+    color: Color,
+    /// How far long work has come, on standard error.
+    #[arg(long, global = true, value_enum, default_value = "auto", value_name = "FORM")]
+    progress: Style,
+    /// Says on standard error what happens inside; twice says more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Checks everything and writes nothing, also where --execute is given.
+    #[arg(long, global = true)]
+    dry_run: bool,
     /// Says nothing that was not asked for.
     #[arg(short, long, global = true)]
     quiet: bool,
@@ -96,6 +125,10 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.verbose > 0 {
+        let level = if cli.verbose == 1 { "eventbus=debug" } else { "eventbus=trace" };
+        tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
+    }
     let work = run(&cli);
     let follows = matches!(&cli.command, Command::Tail(tail) if tail.follow);
     let limited = async {
@@ -122,8 +155,14 @@ async fn main() -> ExitCode {
     }
 }
 
+impl Cli {
+    fn progress(&self) -> Style {
+        if self.quiet { Style::None } else { self.progress }
+    }
+}
+
 async fn run(cli: &Cli) -> Outcome {
-    let mut out = Out::new(cli.output, cli.columns.clone());
+    let mut out = Out::new(cli.output, cli.columns.clone(), !cli.no_headers, cli.color);
     match &cli.command {
         Command::Version => {
             let version = json!({"eventctl": env!("CARGO_PKG_VERSION"), "transports": transports()});
@@ -141,7 +180,7 @@ async fn run(cli: &Cli) -> Outcome {
         _ => {}
     }
     if let Command::Context(command) = &cli.command {
-        return context::run(command, cli.config.as_ref(), &mut out);
+        return context::run(command, cli.config.as_ref(), &mut out).await;
     }
     let config = Config::load(cli.config.as_ref())?;
     let creates = match &cli.command {
@@ -150,13 +189,18 @@ async fn run(cli: &Cli) -> Outcome {
         _ => false,
     };
     let (name, context) = config.find(cli.context.as_deref())?;
-    let session = Session::open(creates, name, context, cli.confirm.clone(), cli.no_input).await?;
+    let session = {
+        let care = Care { confirm: cli.confirm.clone(), no_input: cli.no_input, dry_run: cli.dry_run };
+        Session::open(creates && !cli.dry_run, name, context, care).await?
+    };
     let outcome = match &cli.command {
-        Command::Publish(publish) => publish::run(&session, publish, &mut out, cli.quiet).await,
-        Command::Tail(tail) => tail::run(&session, tail, &mut out).await,
+        Command::Publish(publish) => {
+            publish::run(&session, publish, &mut out, cli.quiet, cli.progress()).await
+        }
+        Command::Tail(tail) => tail::run(&session, tail, cli.time, &mut out).await,
         Command::Inspect(inspect) => inspect::run(&session, inspect, &mut out).await,
         Command::Capabilities => inspect::capabilities(&session, &mut out),
-        Command::Replay(replay) => replay::run(&session, replay, &mut out).await,
+        Command::Replay(replay) => replay::run(&session, replay, cli.progress(), &mut out).await,
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
         Command::Doctor => doctor::run(&session, &mut out).await,

@@ -44,19 +44,45 @@ impl Format {
     }
 }
 
+/// When something is set off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Color {
+    /// On a terminal.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+impl Color {
+    /// The convention of no-color.org: any value but an empty one switches it off, unless it is asked for.
+    fn is_wanted(self) -> bool {
+        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        match self {
+            Self::Always => true,
+            Self::Never => false,
+            Self::Auto => std::io::stdout().is_terminal() && !is_set("NO_COLOR") && !is_dumb,
+        }
+    }
+}
+
 /// Where results go; every write can fail, so that a closed pipe ends quietly.
 #[derive(Debug)]
 pub(crate) struct Out {
     format: Format,
     columns: Option<Vec<String>>,
-    headed: bool,
+    /// Whether the line of names is still to be written.
+    heads: bool,
+    bold: bool,
     lock: std::io::StdoutLock<'static>,
 }
 
 impl Out {
     /// Opens standard output.
-    pub(crate) fn new(format: Format, columns: Option<Vec<String>>) -> Self {
-        Self { format, columns, headed: false, lock: std::io::stdout().lock() }
+    pub(crate) fn new(format: Format, columns: Option<Vec<String>>, heads: bool, color: Color) -> Self {
+        Self { format, columns, heads, bold: color.is_wanted(), lock: std::io::stdout().lock() }
     }
 
     /// The form asked for.
@@ -85,9 +111,7 @@ impl Out {
                 fields.iter().try_for_each(|(name, value)| self.line(format_args!("{name}: {value}")))
             }
             (Format::Csv, Value::Object(fields)) => {
-                if std::mem::replace(&mut self.headed, true) {
-                    // Once, before the first.
-                } else {
+                if std::mem::take(&mut self.heads) {
                     self.line(fields.keys().map(|name| quoted(name)).collect::<Vec<_>>().join(","))?;
                 }
                 self.line(fields.values().map(|value| quoted(&cell(value))).collect::<Vec<_>>().join(","))
@@ -120,7 +144,9 @@ impl Out {
             Format::Jsonl => rows.into_iter().try_for_each(|row| self.line(Value::Object(row))),
             Format::Csv => {
                 let Some(first) = rows.first() else { return Ok(()) };
-                self.line(first.keys().map(|name| quoted(name)).collect::<Vec<_>>().join(","))?;
+                if self.heads {
+                    self.line(first.keys().map(|name| quoted(name)).collect::<Vec<_>>().join(","))?;
+                }
                 rows.iter().try_for_each(|row| {
                     self.line(row.values().map(|value| quoted(&cell(value))).collect::<Vec<_>>().join(","))
                 })
@@ -129,7 +155,9 @@ impl Out {
                 let Some(first) = rows.first() else { return Ok(()) };
                 let mut table = comfy_table::Table::new();
                 table.load_preset(comfy_table::presets::NOTHING);
-                table.set_header(first.keys().map(|name| name.to_uppercase()));
+                if self.heads {
+                    table.set_header(first.keys().map(|name| name.to_uppercase()));
+                }
                 for row in &rows {
                     table.add_row(row.values().map(|value| {
                         let right = value.is_number();
@@ -141,10 +169,11 @@ impl Out {
                         comfy_table::Cell::new(cell(value)).set_alignment(alignment)
                     }));
                 }
-                for line in table.lines() {
-                    self.line(line.trim_end())?;
-                }
-                Ok(())
+                let bold = self.bold && self.heads;
+                table.lines().enumerate().try_for_each(|(at, line)| match line.trim_end() {
+                    names if bold && at == 0 => self.line(format_args!("\x1b[1m{names}\x1b[0m")),
+                    line => self.line(line),
+                })
             }
         }
     }

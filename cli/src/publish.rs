@@ -12,7 +12,8 @@ use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::say;
-use crate::record;
+use crate::progress::{Progress, Style};
+use crate::{cloudevents, record};
 
 /// How input is cut into events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -23,6 +24,8 @@ pub(crate) enum Input {
     Lines,
     /// Each line is a JSON body.
     Jsonl,
+    /// Each line is a structured CloudEvent.
+    Cloudevents,
     /// Each line is a record as `tail -o jsonl --full` writes it.
     Envelope,
 }
@@ -87,12 +90,18 @@ pub(crate) struct Publish {
     /// Publishes it so often.
     #[arg(long, value_name = "N", conflicts_with_all = ["file", "null", "input"])]
     pub count: Option<u64>,
-    /// With --count: {n} in body and key is the number of the event, from 1.
-    #[arg(long, requires = "count")]
+    /// Publishes it for so long, or as often as --count says.
+    #[arg(long, value_name = "TIME", value_parser = crate::range::duration, conflicts_with_all = ["file", "null", "input"])]
+    pub duration: Option<std::time::Duration>,
+    /// With --count or --duration: puts the number of the event, from 1, where body and key have an n in braces.
+    #[arg(long)]
     pub template: bool,
-    /// With --count: no faster than this, such as 100/s.
-    #[arg(long, requires = "count", value_name = "N/s", value_parser = crate::range::rate)]
+    /// With --count or --duration: no faster than this, such as 100/s.
+    #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
     pub rate: Option<f64>,
+    /// Events published before their confirms are awaited.
+    #[arg(long, default_value = "256", value_name = "N")]
+    pub in_flight: std::num::NonZeroUsize,
     /// What a line does that cannot be read.
     #[arg(long, value_enum, default_value = "stop")]
     pub on_error: OnError,
@@ -101,7 +110,7 @@ pub(crate) struct Publish {
     pub report: Option<String>,
 }
 
-/// Events published before their confirms are awaited.
+/// Lines read ahead.
 const WINDOW: usize = 256;
 
 fn pair(text: &str) -> Outcome<(&str, &str)> {
@@ -160,6 +169,7 @@ impl Publish {
                 let value: Value = serde_json::from_str(line).map_err(|error| place(error.to_string()))?;
                 record::from_json(&value).map_err(|failure| place(failure.to_string()))
             }
+            Input::Cloudevents => cloudevents::parse(line).map_err(|failure| place(failure.to_string())),
             Input::Jsonl => {
                 serde_json::from_str::<serde::de::IgnoredAny>(line)
                     .map_err(|error| place(error.to_string()))?;
@@ -174,13 +184,25 @@ impl Publish {
 ///
 /// # Errors
 /// Partial: some events were stored and others were not.
-pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, quiet: bool) -> Outcome {
-    session.may_write()?;
-    let mut sender =
-        Sender { session, publish, out, quiet, reports: publish.report.is_some(), n_stored: 0, n_failed: 0 };
+pub(crate) async fn run(
+    session: &Session,
+    publish: &Publish,
+    out: &mut Out,
+    quiet: bool,
+    progress: Style,
+) -> Outcome {
+    let dry_run = match session.may_write() {
+        Err(Failure::DryRun) => true,
+        allowed => {
+            allowed?;
+            false
+        }
+    };
+    let reports = publish.report.is_some();
+    let mut sender = Sender { session, publish, out, quiet, reports, dry_run, n_stored: 0, n_failed: 0 };
     let mut n_skipped = 0;
-    if let Some(count) = publish.count {
-        repeat(&mut sender, publish, count).await?;
+    if publish.count.is_some() || publish.duration.is_some() {
+        repeat(&mut sender, publish, progress).await?;
     } else if publish.null {
         sender.send(vec![publish.event(None)?]).await?;
     } else if publish.input == Input::Raw {
@@ -220,11 +242,14 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
                     });
                 }
             }
-            if batch.len() == WINDOW {
+            if batch.len() == publish.in_flight.get() {
                 sender.send(std::mem::take(&mut batch)).await?;
             }
         }
         sender.send(batch).await?;
+    }
+    if dry_run {
+        say!("dry run: {} events would be published to {}", sender.n_stored, publish.dest);
     }
     match (sender.n_stored, sender.n_failed + n_skipped) {
         (_, 0) => Ok(()),
@@ -234,15 +259,17 @@ pub(crate) async fn run(session: &Session, publish: &Publish, out: &mut Out, qui
 }
 
 /// Publishes one body many times, at a pace.
-async fn repeat(sender: &mut Sender<'_>, publish: &Publish, count: u64) -> Outcome {
+async fn repeat(sender: &mut Sender<'_>, publish: &Publish, progress: Style) -> Outcome {
+    let count = publish.count.unwrap_or(u64::MAX);
     let mut body = Vec::new();
     publish.source()?.read_to_end(&mut body)?;
     let fill = |text: &str, n: u64| text.replace("{n}", &n.to_string());
     let started = Instant::now();
-    let window =
-        publish.rate.map_or(WINDOW as f64, |rate| (rate / 10.0).ceil().clamp(1.0, WINDOW as f64)) as u64;
+    let most = publish.in_flight.get() as f64;
+    let window = publish.rate.map_or(most, |rate| (rate / 10.0).ceil().clamp(1.0, most)) as u64;
+    let mut progress = Progress::begin(progress, "publish", publish.count.unwrap_or(0));
     let mut n = 0;
-    while n < count {
+    while n < count && publish.duration.is_none_or(|duration| started.elapsed() < duration) {
         let mut batch = Vec::new();
         for _ in 0..window.min(count - n) {
             n += 1;
@@ -256,11 +283,13 @@ async fn repeat(sender: &mut Sender<'_>, publish: &Publish, count: u64) -> Outco
             batch.push(event);
         }
         sender.send(batch).await?;
+        progress.at(n);
         if let Some(rate) = publish.rate {
             let due = std::time::Duration::from_secs_f64(n as f64 / rate);
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
     }
+    progress.end(n);
     Ok(())
 }
 
@@ -279,6 +308,8 @@ struct Sender<'a> {
     out: &'a mut Out,
     quiet: bool,
     reports: bool,
+    /// Events are checked and not sent.
+    dry_run: bool,
     n_stored: usize,
     n_failed: usize,
 }
@@ -289,6 +320,20 @@ impl Sender<'_> {
             return Ok(());
         }
         let topic = &self.publish.dest;
+        if self.dry_run {
+            let max_bytes = self.session.bus.transport().capabilities().max_event_bytes.unwrap_or(usize::MAX);
+            for event in batch {
+                let id = event.id().clone();
+                match event.admit(max_bytes) {
+                    Ok(_) => self.n_stored += 1,
+                    Err(error) => {
+                        self.n_failed += 1;
+                        say!("eventctl: {id}: {error}");
+                    }
+                }
+            }
+            return Ok(());
+        }
         let started = Instant::now();
         let told: Vec<_> = batch
             .iter()

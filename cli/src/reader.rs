@@ -1,13 +1,16 @@
 //! Reading records outside any group: spans of partitions, merged by time, filtered.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
+use std::task::Poll;
 
 use clap::Args;
 use eventbus::admin::{Admin, Record};
 use eventbus::{Content, Envelope, Offset, Topic};
 
 use crate::exit::{Failure, Outcome};
+use crate::jq::Jq;
 use crate::range::{Bound, Range, Span};
+use crate::record;
 
 /// Which records are wanted.
 #[derive(Debug, Clone, Default, Args, serde::Serialize, serde::Deserialize)]
@@ -30,11 +33,23 @@ pub(crate) struct Filter {
     /// Only events whose body holds this text.
     #[arg(long, value_name = "TEXT")]
     pub grep: Option<String>,
+    /// Only records for which this jq filter is true, such as '.value.data.amount > 100'.
+    #[arg(long = "where", value_name = "JQ")]
+    #[serde(default, rename = "where")]
+    pub jq: Option<String>,
 }
 
 impl Filter {
-    /// Whether a record is wanted.
-    pub(crate) fn takes(&self, content: &Content) -> bool {
+    /// Makes the filter ready.
+    ///
+    /// # Errors
+    /// Usage: `--where` is not a filter.
+    pub(crate) fn ready<'a>(&'a self, broker: &'a str) -> Outcome<Wanted<'a>> {
+        Ok(Wanted { filter: self, jq: self.jq.as_deref().map(Jq::compile).transpose()?, broker })
+    }
+
+    /// What can be said without the body's structure.
+    fn takes(&self, content: &Content) -> bool {
         let Some(event) = content.envelope() else { return self.is_empty() };
         let same = |wanted: &Option<String>, found: Option<&str>| {
             wanted.as_deref().is_none_or(|wanted| found == Some(wanted))
@@ -56,6 +71,7 @@ impl Filter {
             && self.grep.as_ref().is_none_or(holds)
     }
 
+    /// Whether records that are no events are wanted too: a jq filter sees them as they are.
     fn is_empty(&self) -> bool {
         self.key.is_none()
             && self.event_type.is_none()
@@ -63,6 +79,28 @@ impl Filter {
             && self.correlation.is_none()
             && self.headers.is_empty()
             && self.grep.is_none()
+    }
+}
+
+/// A filter that is ready to run.
+#[derive(Debug)]
+pub(crate) struct Wanted<'a> {
+    filter: &'a Filter,
+    jq: Option<Jq>,
+    broker: &'a str,
+}
+
+impl Wanted<'_> {
+    /// Whether a record is wanted. The cheap questions come first.
+    ///
+    /// # Errors
+    /// Usage: the jq filter fails on this record.
+    pub(crate) fn takes(&self, topic: &Topic, record: &Record) -> Outcome<bool> {
+        if !self.filter.takes(&record.content) {
+            return Ok(false);
+        }
+        let Some(jq) = &self.jq else { return Ok(true) };
+        jq.holds(&record::to_json(self.broker, topic, record, None))
     }
 }
 
@@ -87,17 +125,29 @@ impl RangeFlags {
 /// Records read in one call.
 const CHUNK: usize = 256;
 
-/// Reads several partitions in the order in which records were stored.
+/// Reads partitions, of one topic or several, in the order in which records were stored.
 pub(crate) struct Reader<'a> {
     admin: &'a dyn Admin,
+    parts: Vec<Part>,
+}
+
+struct Part {
     topic: Topic,
-    parts: Vec<(Span, VecDeque<Record>)>,
+    span: Span,
+    ahead: VecDeque<Record>,
 }
 
 impl<'a> Reader<'a> {
-    /// Begins to read.
+    /// Begins to read a topic.
     pub(crate) fn new(admin: &'a dyn Admin, topic: Topic, spans: Vec<Span>) -> Self {
-        Self { admin, topic, parts: spans.into_iter().map(|span| (span, VecDeque::new())).collect() }
+        Self::over(admin, vec![(topic, spans)])
+    }
+
+    /// Begins to read several topics.
+    pub(crate) fn over(admin: &'a dyn Admin, topics: Vec<(Topic, Vec<Span>)>) -> Self {
+        let part = |topic: &Topic, span| Part { topic: topic.clone(), span, ahead: VecDeque::new() };
+        let parts = topics.iter().flat_map(|(topic, spans)| spans.iter().map(move |span| part(topic, *span)));
+        Self { admin, parts: parts.collect() }
     }
 
     /// Returns the next record; `None` at the end of every span.
@@ -105,10 +155,18 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// What the transport reports.
     pub(crate) async fn next(&mut self) -> Outcome<Option<Record>> {
-        for (span, ahead) in &mut self.parts {
+        Ok(self.next_of_any().await?.map(|(_, record)| record))
+    }
+
+    /// Returns the next record with its topic.
+    ///
+    /// # Errors
+    /// What the transport reports.
+    pub(crate) async fn next_of_any(&mut self) -> Outcome<Option<(Topic, Record)>> {
+        for Part { topic, span, ahead } in &mut self.parts {
             if ahead.is_empty() && span.len() > 0 {
                 let max = CHUNK.min(usize::try_from(span.len()).unwrap_or(CHUNK));
-                let read = self.admin.read(&self.topic, span.partition, span.from, max).await?;
+                let read = self.admin.read(topic, span.partition, span.from, max).await?;
                 match read.last() {
                     Some(last) => span.from = Offset(last.offset.0 + 1),
                     None => span.from = span.to,
@@ -116,10 +174,10 @@ impl<'a> Reader<'a> {
                 ahead.extend(read);
             }
         }
-        let first = self.parts.iter_mut().filter(|(_, ahead)| !ahead.is_empty());
+        let first = self.parts.iter_mut().filter(|part| !part.ahead.is_empty());
         let first =
-            first.min_by_key(|(_, ahead)| ahead.front().map(|record| (record.stored_at, record.partition)));
-        Ok(first.and_then(|(_, ahead)| ahead.pop_front()))
+            first.min_by_key(|part| part.ahead.front().map(|record| (record.stored_at, record.partition)));
+        Ok(first.and_then(|part| Some((part.topic.clone(), part.ahead.pop_front()?))))
     }
 
     /// Waits for records behind the spans, which are extended to what is there then.
@@ -127,14 +185,29 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// What the transport reports.
     pub(crate) async fn follow(&mut self) -> Outcome {
-        let ends: Vec<_> = self.parts.iter().map(|(span, _)| (span.partition, span.to)).collect();
-        self.admin.wait(&self.topic, &ends, std::time::Duration::from_secs(3_600)).await?;
-        let gone = || Failure::NotFound(format!("topic {} was deleted", self.topic));
-        let info = self.admin.topic(&self.topic).await?.ok_or_else(gone)?;
-        for (span, _) in &mut self.parts {
-            if let Some(known) = info.partitions.iter().find(|known| known.partition == span.partition) {
-                span.to = known.next;
-                span.from = span.from.max(known.first);
+        let mut ends: BTreeMap<Topic, Vec<_>> = BTreeMap::new();
+        for Part { topic, span, .. } in &self.parts {
+            ends.entry(topic.clone()).or_default().push((span.partition, span.to));
+        }
+        let within = std::time::Duration::from_secs(3_600);
+        let mut waits: Vec<_> =
+            ends.iter().map(|(topic, ends)| self.admin.wait(topic, ends, within)).collect();
+        std::future::poll_fn(|task| {
+            let ready = waits.iter_mut().find_map(|wait| match wait.as_mut().poll(task) {
+                Poll::Ready(waited) => Some(waited),
+                Poll::Pending => None,
+            });
+            ready.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await?;
+        for topic in ends.keys() {
+            let gone = || Failure::NotFound(format!("topic {topic} was deleted"));
+            let info = self.admin.topic(topic).await?.ok_or_else(gone)?;
+            for Part { span, .. } in self.parts.iter_mut().filter(|part| part.topic == *topic) {
+                if let Some(known) = info.partitions.iter().find(|known| known.partition == span.partition) {
+                    span.to = known.next;
+                    span.from = span.from.max(known.first);
+                }
             }
         }
         Ok(())

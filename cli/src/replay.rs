@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
+use eventbus::admin::Record;
 use eventbus::{Envelope, EventId, Offset, PartitionId, Topic};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
+use crate::jq::Jq;
 use crate::out::Out;
 use crate::out::row;
 use crate::out::say;
+use crate::progress::{Progress, Style};
 use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
 use crate::{audit, record};
@@ -87,6 +90,9 @@ struct Flags {
     /// What becomes of the ids.
     #[arg(long, value_enum, default_value = "keep")]
     ids: Ids,
+    /// Publishes what this jq filter makes of each record, such as '.value.data.note = null'.
+    #[arg(long, value_name = "JQ")]
+    edit: Option<String>,
     /// At most so many events.
     #[arg(long, default_value_t = 1000, value_name = "N")]
     max: u64,
@@ -102,6 +108,8 @@ struct Flags {
 const WINDOW: usize = 256;
 /// Records that are passed over before that is noted.
 const MAX_PASSED: usize = 10_000;
+/// Places that a plan names.
+const SAMPLE: usize = 3;
 /// Where replays note how far they came.
 const REPLAYS: &str = "_evt.replays";
 
@@ -115,6 +123,8 @@ struct Job {
     spans: Vec<(u32, u64, u64)>,
     filter: Filter,
     ids: Ids,
+    #[serde(default)]
+    edit: Option<String>,
     max: Option<u64>,
     max_replays: u32,
     /// Published before this.
@@ -158,6 +168,7 @@ impl Job {
             spans: spans.iter().map(|span| (span.partition.0, span.from.0, span.to.0)).collect(),
             filter: flags.filter.clone(),
             ids: flags.ids,
+            edit: flags.edit.clone(),
             max: (!flags.all).then_some(flags.max),
             max_replays: flags.max_replays,
             published: 0,
@@ -206,7 +217,7 @@ impl Job {
 ///
 /// # Errors
 /// Not found, refused for safety, above the bound, or not all of it arrived.
-pub(crate) async fn run(session: &Session, replay: &Replay, out: &mut Out) -> Outcome {
+pub(crate) async fn run(session: &Session, replay: &Replay, progress: Style, out: &mut Out) -> Outcome {
     match &replay.what {
         What::Plan { flags, plan_out } => {
             let job = Job::of(session, flags).await?;
@@ -234,7 +245,8 @@ pub(crate) async fn run(session: &Session, replay: &Replay, out: &mut Out) -> Ou
                 )));
             }
             session.may_write()?;
-            execute_job(session, job, *rate, (*checkpoint_every).max(1), *verify).await
+            let progress = Progress::begin(progress, "replay", plan.n_matched);
+            execute_job(session, job, progress, *rate, (*checkpoint_every).max(1), *verify).await
         }
     }
 }
@@ -245,11 +257,21 @@ async fn count(session: &Session, job: &Job) -> Outcome<Plan> {
         return Err(Failure::Refused("source and target are the same topic: it would grow for ever".into()));
     }
     let mut plan = Plan::default();
-    let mut reader = Reader::new(session.admin()?, source, job.spans());
+    let wanted = job.filter.ready(&session.broker)?;
+    let edit = job.edit.as_deref().map(Jq::compile).transpose()?;
+    let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     while let Some(record) = reader.next().await? {
         plan.n_scanned += 1;
-        let Some(found) = event(&record).filter(|_| job.filter.takes(&record.content)) else { continue };
+        let Some(found) = event(&record) else { continue };
+        if !wanted.takes(&source, &record)? {
+            continue;
+        }
         plan.count(found, job.max_replays);
+        if plan.sample.len() < SAMPLE {
+            // What cannot be edited is found before anything is written.
+            edited(session, edit.as_ref(), &source, &record)?;
+            plan.sample.push(record::reference(&source, &record));
+        }
     }
     Ok(plan)
 }
@@ -258,13 +280,14 @@ async fn show(session: &Session, job: &Job, out: &mut Out) -> Outcome {
     let plan = count(session, job).await?;
     out.rows(plan.by_type.iter().map(|(name, n)| row! {"type": name, "events": n}).collect())?;
     say!(
-        "plan: {} scanned, {} match, {} keys, {} B to {}; over --max-replays: {}; nothing was written; replay run … --execute does it",
+        "plan: {} scanned, {} match, {} keys, {} B to {}; over --max-replays: {}; first: {}; nothing was written; replay run … --execute does it",
         plan.n_scanned,
         plan.n_matched,
         plan.keys.len(),
         plan.n_bytes,
         job.to,
-        plan.n_tired
+        plan.n_tired,
+        if plan.sample.is_empty() { "-".to_owned() } else { plan.sample.join(" ") }
     );
     Ok(())
 }
@@ -274,12 +297,16 @@ async fn show(session: &Session, job: &Job, out: &mut Out) -> Outcome {
 async fn execute_job(
     session: &Session,
     mut job: Job,
+    mut progress: Progress,
     rate: Option<f64>,
     checkpoint_every: u64,
     verify: bool,
 ) -> Outcome {
     let (source, to) = job.topics()?;
     let publisher = session.bus.transport().publisher().await?;
+    let wanted_filter = job.filter.clone();
+    let wanted = wanted_filter.ready(&session.broker)?;
+    let edit = job.edit.as_deref().map(Jq::compile).transpose()?;
     let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     let (mut batch, mut passed) = (Vec::new(), Vec::new());
     let (mut n_published, mut noted, mut n_passed) = (0u64, 0u64, 0u64);
@@ -292,10 +319,13 @@ async fn execute_job(
         let done = record.is_none();
         if let Some(record) = record {
             passed.push((record.partition.0, record.offset.0));
-            if let Some(found) = event(&record).filter(|_| job.filter.takes(&record.content))
+            if let Some(found) = event(&record)
                 && n_replays(found) < job.max_replays
+                && wanted.takes(&source, &record)?
             {
-                batch.push(copy(found, job.ids, &job.id, &record::reference(&source, &record)));
+                let event =
+                    edited(session, edit.as_ref(), &source, &record)?.unwrap_or_else(|| found.clone());
+                batch.push(copy(&event, job.ids, &job.id, &record::reference(&source, &record)));
             }
         }
         if batch.len() >= window || passed.len() >= MAX_PASSED || done {
@@ -303,6 +333,7 @@ async fn execute_job(
             if !batch.is_empty() {
                 publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await.all()?;
             }
+            progress.at(n_published);
             n_passed += passed.len() as u64;
             passed.drain(..).for_each(|(partition, offset)| job.pass(partition, offset));
             if n_published - noted >= checkpoint_every || n_passed >= MAX_PASSED as u64 || done {
@@ -320,6 +351,7 @@ async fn execute_job(
             break;
         }
     }
+    progress.end(n_published);
     let total = job.published + n_published;
     let details = json!({"replay": job.id, "source": job.source, "to": job.to, "events": total});
     audit::note(session, "replay", details).await?;
@@ -345,6 +377,13 @@ async fn arrived(session: &Session, to: &Topic, id: &str) -> Outcome<u64> {
         n += u64::from(event(&record).is_some_and(|event| event.extension("evt-replay-id") == Some(id)));
     }
     Ok(n)
+}
+
+/// The event that a filter makes of a record, if there is one.
+fn edited(session: &Session, edit: Option<&Jq>, topic: &Topic, record: &Record) -> Outcome<Option<Envelope>> {
+    let Some(edit) = edit else { return Ok(None) };
+    let made = edit.one(&record::to_json(&session.broker, topic, record, None))?;
+    record::from_json(&made).map(Some)
 }
 
 fn n_replays(event: &Envelope) -> u32 {
@@ -375,6 +414,8 @@ struct Plan {
     n_bytes: usize,
     n_tired: u64,
     by_type: BTreeMap<String, u64>,
+    /// The places of the first that match.
+    sample: Vec<String>,
     keys: std::collections::HashSet<Vec<u8>>,
 }
 

@@ -1,18 +1,17 @@
 //! `tail`: reads records without joining any group.
 
-use std::time::SystemTime;
-
-use clap::{Args, ValueEnum};
+use clap::Args;
 use eventbus::Topic;
 use eventbus::admin::Record;
-use eventbus::time::to_rfc3339;
 
 use crate::context::Session;
-use crate::exit::Outcome;
-use crate::out::Out;
+use crate::exit::{Failure, Outcome};
+use crate::jq::Jq;
+use crate::out::{Out, say};
 use crate::range::{Bound, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
 use crate::record;
+use crate::time::Time;
 
 /// Reads records. Never joins or moves a group.
 ///
@@ -20,11 +19,13 @@ use crate::record;
 ///   eventctl -c sqlite://shop.db tail orders -n 5
 ///   eventctl -c sqlite://shop.db tail orders -f --type shop.order.paid
 ///   eventctl -c sqlite://shop.db tail orders --range @-1h:end -o jsonl --full
+///   eventctl -c sqlite://shop.db tail orders payments --where '.value.data.amount > 100' --select .key.data
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Tail {
-    /// The topic.
-    pub dest: Topic,
+    /// The topics; records of several are merged by the time they were stored.
+    #[arg(required = true, value_name = "DEST")]
+    pub dest: Vec<Topic>,
     /// The last records, when no range is given.
     #[arg(short, default_value_t = 10, value_name = "N")]
     pub n: u64,
@@ -44,6 +45,9 @@ pub(crate) struct Tail {
     /// Stops after so many records.
     #[arg(long, value_name = "N")]
     pub max: Option<u64>,
+    /// Writes what this jq filter makes of each record, a JSON value a line.
+    #[arg(long, value_name = "JQ", conflicts_with_all = ["format", "meta_only"])]
+    pub select: Option<String>,
     /// Only one record of so many, such as 1/100.
     #[arg(long, value_name = "1/N", value_parser = one_of)]
     pub sample: Option<u64>,
@@ -53,9 +57,6 @@ pub(crate) struct Tail {
     /// Writes each body into a file of this folder, named by its place.
     #[arg(long, value_name = "DIR")]
     pub save: Option<std::path::PathBuf>,
-    /// How times are shown to people.
-    #[arg(long, value_enum, default_value = "iso")]
-    pub time: Time,
     /// Writes bodies whole.
     #[arg(long)]
     pub full: bool,
@@ -71,7 +72,7 @@ pub(crate) struct Tail {
 ///
 /// # Errors
 /// The topic does not exist, or the transport fails.
-pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcome {
+pub(crate) async fn run(session: &Session, tail: &Tail, time: Time, out: &mut Out) -> Outcome {
     let admin = session.admin()?;
     let ranged = tail.range.from.is_some() || tail.range.range.is_some() || tail.to.is_some();
     let default = match (ranged, tail.follow) {
@@ -81,13 +82,22 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
     };
     let mut range = tail.range.or_from(default);
     range.to = tail.to.unwrap_or(range.to);
-    let spans: Vec<Span> = resolve(admin, &tail.dest, range).await?;
-    let mut reader = Reader::new(admin, tail.dest.clone(), spans);
-    let mut last: Vec<Record> = Vec::new();
+    let wanted = tail.filter.ready(&session.broker)?;
+    let select = tail.select.as_deref().map(Jq::compile).transpose()?;
+    let mut topics: Vec<(Topic, Vec<Span>)> = Vec::new();
+    for topic in &tail.dest {
+        if !topics.iter().any(|(known, _)| known == topic) {
+            topics.push((topic.clone(), resolve(admin, topic, range).await?));
+        }
+    }
+    let mut writer = Writer { session, tail, select, time, out, unfit: Unfit::default() };
+    let mut reader = Reader::over(admin, topics);
+    let mut last: Vec<(Topic, Record)> = Vec::new();
     let (mut n_written, mut n_matched) = (0, 0u64);
     loop {
-        while let Some(record) = reader.next().await? {
-            if !tail.filter.takes(&record.content) {
+        while let Some((topic, record)) = reader.next_of_any().await? {
+            let place = || record::reference(&topic, &record);
+            if !writer.unfit.or_default(wanted.takes(&topic, &record), place)? {
                 continue;
             }
             n_matched += 1;
@@ -95,10 +105,10 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
                 continue;
             }
             if !ranged && !tail.follow {
-                last.push(record);
+                last.push((topic, record));
                 continue;
             }
-            write(session, tail, out, &record)?;
+            writer.write(&topic, &record)?;
             n_written += 1;
             if tail.max.is_some_and(|max| n_written >= max) {
                 return Ok(());
@@ -112,32 +122,32 @@ pub(crate) async fn run(session: &Session, tail: &Tail, out: &mut Out) -> Outcom
     // The last of all partitions together, not of each.
     let keep = tail.max.map_or(tail.n, |max| max.min(tail.n)) as usize;
     let skip = last.len().saturating_sub(keep);
-    last.iter().skip(skip).try_for_each(|record| write(session, tail, out, record))
+    last.iter().skip(skip).try_for_each(|(topic, record)| writer.write(topic, record))?;
+    writer.unfit.tell();
+    Ok(())
 }
 
-/// How times are shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Time {
-    /// RFC 3339, in UTC.
-    Iso,
-    /// How long ago.
-    Relative,
-    /// Seconds since 1970.
-    Unix,
-}
+/// Records that a jq filter could not be run on: they are told and passed over.
+#[derive(Debug, Default)]
+struct Unfit(u64);
 
-impl Time {
-    fn show(self, time: SystemTime) -> String {
-        match self {
-            Self::Iso => to_rfc3339(time),
-            Self::Relative => {
-                let ago = SystemTime::now().duration_since(time).unwrap_or_default();
-                format!("{:.1}s ago", ago.as_secs_f64())
+impl Unfit {
+    fn or_default<T: Default>(&mut self, outcome: Outcome<T>, place: impl Fn() -> String) -> Outcome<T> {
+        match outcome {
+            Err(Failure::Usage(why)) => {
+                if self.0 == 0 {
+                    say!("eventctl: {}: {why}", place());
+                }
+                self.0 += 1;
+                Ok(T::default())
             }
-            Self::Unix => {
-                let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                format!("{:.3}", since.as_secs_f64())
-            }
+            other => other,
+        }
+    }
+
+    fn tell(&self) {
+        if self.0 > 1 {
+            say!("eventctl: the filter failed on {} records", self.0);
         }
     }
 }
@@ -148,13 +158,13 @@ fn one_of(text: &str) -> Result<u64, String> {
 }
 
 /// Fills a template; what it does not know stays as it is.
-fn fill(template: &str, tail: &Tail, record: &Record) -> String {
+fn fill(template: &str, time: Time, topic: &Topic, record: &Record) -> String {
     let event = event(record);
     let body = event.and_then(|event| event.payload()).map(|body| String::from_utf8_lossy(body).into_owned());
     let text = |found: Option<String>| found.unwrap_or_else(|| "-".into());
     [
-        ("{ts}", tail.time.show(record.stored_at)),
-        ("{ref}", record::reference(&tail.dest, record)),
+        ("{ts}", time.show(record.stored_at)),
+        ("{ref}", record::reference(topic, record)),
         ("{key}", text(event.and_then(|event| Some(event.key()?.to_string())))),
         ("{id}", text(event.map(|event| event.id().to_string()))),
         ("{type}", text(event.map(|event| event.event_type().to_owned()))),
@@ -167,9 +177,9 @@ fn fill(template: &str, tail: &Tail, record: &Record) -> String {
     .fold(template.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
-fn save(folder: &std::path::Path, tail: &Tail, record: &Record) -> Outcome {
+fn save(folder: &std::path::Path, topic: &Topic, record: &Record) -> Outcome {
     std::fs::create_dir_all(folder)?;
-    let name = record::reference(&tail.dest, record).replace(['/', '@'], "_");
+    let name = record::reference(topic, record).replace(['/', '@'], "_");
     let body = match &record.content {
         eventbus::Content::Envelope(event) => event.payload().cloned(),
         eventbus::Content::Undecodable(bad) => bad.raw.clone(),
@@ -178,32 +188,51 @@ fn save(folder: &std::path::Path, tail: &Tail, record: &Record) -> Outcome {
     Ok(std::fs::write(folder.join(name), body.unwrap_or_default())?)
 }
 
-fn write(session: &Session, tail: &Tail, out: &mut Out, record: &Record) -> Outcome {
-    if let Some(folder) = &tail.save {
-        save(folder, tail, record)?;
-    }
-    if let Some(template) = &tail.format {
-        return out.line(fill(template, tail, record));
-    }
-    if out.format() == crate::out::Format::None {
-        return Ok(());
-    }
-    if out.format().is_for_people() {
-        return out.line(for_people(tail, record));
-    }
-    let max_bytes = if tail.full { None } else { Some(tail.max_bytes) };
-    let mut json = record::to_json(&session.broker, &tail.dest, record, max_bytes);
-    if tail.meta_only
-        && let Some(object) = json.as_object_mut()
-    {
-        object.remove("value");
-    }
-    out.record(json)
+/// Writes records in the form asked for.
+struct Writer<'a> {
+    session: &'a Session,
+    tail: &'a Tail,
+    select: Option<Jq>,
+    time: Time,
+    out: &'a mut Out,
+    unfit: Unfit,
 }
 
-fn for_people(tail: &Tail, record: &Record) -> String {
-    let place = record::reference(&tail.dest, record);
-    let time = tail.time.show(record.stored_at);
+impl Writer<'_> {
+    fn write(&mut self, topic: &Topic, record: &Record) -> Outcome {
+        let tail = self.tail;
+        if let Some(folder) = &tail.save {
+            save(folder, topic, record)?;
+        }
+        if let Some(template) = &tail.format {
+            return self.out.line(fill(template, self.time, topic, record));
+        }
+        if self.out.format() == crate::out::Format::None {
+            return Ok(());
+        }
+        if let Some(select) = &self.select {
+            let whole = record::to_json(&self.session.broker, topic, record, None);
+            let place = || record::reference(topic, record);
+            let made = self.unfit.or_default(select.all(&whole), place)?;
+            return made.into_iter().try_for_each(|value| self.out.line(value));
+        }
+        if self.out.format().is_for_people() {
+            return self.out.line(for_people(tail, self.time, topic, record));
+        }
+        let max_bytes = if tail.full { None } else { Some(tail.max_bytes) };
+        let mut json = record::to_json(&self.session.broker, topic, record, max_bytes);
+        if tail.meta_only
+            && let Some(object) = json.as_object_mut()
+        {
+            object.remove("value");
+        }
+        self.out.record(json)
+    }
+}
+
+fn for_people(tail: &Tail, time: Time, topic: &Topic, record: &Record) -> String {
+    let place = record::reference(topic, record);
+    let time = time.show(record.stored_at);
     let Some(event) = event(record) else { return format!("{time}  {place}  (undecodable)") };
     let key = event.key().map_or_else(|| "-".into(), |key| key.to_string());
     let body = match event.payload() {

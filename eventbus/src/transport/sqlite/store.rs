@@ -35,6 +35,8 @@ pub(super) struct Store {
     pub(super) room_bytes: Semaphore,
     pub(super) closed: AtomicBool,
     pub(super) counters: Arc<Counters>,
+    /// Stepped by tests.
+    #[cfg(any(test, feature = "conformance"))]
     pub(super) wall: Arc<Wall>,
     jobs: mpsc::Sender<Command>,
     reads: Mutex<Option<mpsc::Sender<Read>>>,
@@ -72,6 +74,7 @@ impl Store {
             room_bytes: Semaphore::new(MAX_WAITING_BYTES),
             closed: AtomicBool::new(false),
             counters,
+            #[cfg(any(test, feature = "conformance"))]
             wall,
             jobs,
             reads: Mutex::new(Some(reads)),

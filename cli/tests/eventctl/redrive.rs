@@ -1,5 +1,4 @@
 //! A redriven dead letter goes only to the handler that failed, while the program runs.
-#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 use std::process::Command;
 use std::sync::Arc;

@@ -1,61 +1,18 @@
 //! `eventctl` as a person and a script use it, on an SQLite file.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod care;
+mod filters;
+mod redrive;
+mod shell;
+
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-struct Shell {
-    folder: tempfile::TempDir,
-}
-
-impl Shell {
-    fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
-    }
-
-    fn url(&self, name: &str) -> String {
-        format!("sqlite://{}/{name}.db", self.folder.path().display())
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_eventctl"));
-        command.env("XDG_CONFIG_HOME", self.folder.path()).env_remove("EVENTCTL_CONTEXT").args(arguments);
-        command
-    }
-
-    /// Runs on the bus `a`, with something on standard input.
-    fn run_with(&self, arguments: &[&str], input: &str) -> Output {
-        let url = self.url("a");
-        let mut command = self.command(&["-c", &url]);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        drop(child.stdin.take().unwrap().write_all(input.as_bytes()));
-        child.wait_with_output().unwrap()
-    }
-
-    fn run(&self, arguments: &[&str]) -> Output {
-        self.run_with(arguments, "")
-    }
-
-    /// Runs, expects success, returns the lines of JSON.
-    fn lines(&self, arguments: &[&str]) -> Vec<Value> {
-        let output = self.run(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", text(&output.stderr));
-        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    fn code(&self, arguments: &[&str]) -> (i32, String) {
-        let output = self.run(arguments);
-        (output.status.code().unwrap(), text(&output.stderr))
-    }
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
+use self::shell::{Shell, text};
 
 #[test]
 fn what_is_published_is_read_back() {
@@ -193,7 +150,7 @@ fn exit_codes_tell_what_happened() {
 fn contexts_protect_from_writing() {
     let shell = Shell::new();
     assert!(shell.run(&["publish", "t", "x"]).status.success());
-    let config = shell.folder.path().join("config.toml");
+    let config = shell.folder().join("config.toml");
     let url = shell.url("a");
     let contexts = format!(
         "current = \"look\"\n[context.look]\nurl = \"{url}\"\nread_only = true\n[context.prod]\nurl = \"{url}\"\nprotected = true\n"

@@ -1,45 +1,8 @@
 //! `eventctl` where it must be careful or patient: severe verbs, contexts, interrupted replays, alarms.
-#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
-use std::process::{Command, Output};
+use std::process::Command;
 
-struct Shell {
-    folder: tempfile::TempDir,
-}
-
-impl Shell {
-    fn new() -> Self {
-        Self { folder: tempfile::tempdir().unwrap() }
-    }
-
-    fn url(&self) -> String {
-        format!("sqlite://{}/a.db", self.folder.path().display())
-    }
-
-    /// Runs in the folder, with the bus `a` unless a context is named.
-    fn run(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_eventctl"));
-        command.env("XDG_CONFIG_HOME", self.folder.path().join("config")).current_dir(self.folder.path());
-        command.env_remove("EVENTCTL_CONTEXT").args(arguments);
-        if !arguments.contains(&"-c") && arguments[0] != "context" {
-            command.args(["-c", &self.url()]);
-        }
-        command.output().unwrap()
-    }
-
-    /// Exit code, standard output, standard error.
-    fn told(&self, arguments: &[&str]) -> (i32, String, String) {
-        let output = self.run(arguments);
-        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-        (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
-    }
-
-    fn ok(&self, arguments: &[&str]) -> String {
-        let (code, stdout, stderr) = self.told(arguments);
-        assert_eq!(code, 0, "{arguments:?}: {stderr}");
-        stdout
-    }
-}
+use crate::shell::Shell;
 
 #[test]
 fn what_destroys_needs_the_name() {
@@ -61,7 +24,7 @@ fn what_destroys_needs_the_name() {
 #[test]
 fn contexts_are_added_chosen_and_removed() {
     let shell = Shell::new();
-    let url = shell.url();
+    let url = shell.url("a");
     shell.ok(&["publish", "orders", "{}"]);
     shell.ok(&["context", "add", "shop", &url]);
     shell.ok(&["context", "add", "prod", &url, "--label", "PROD", "--protected"]);
@@ -74,7 +37,7 @@ fn contexts_are_added_chosen_and_removed() {
     // A project may add a context; it cannot take the protection from one of the user's.
     let project =
         format!("current = \"mine\"\n[context.prod]\nurl = \"{url}\"\n[context.mine]\nurl = \"{url}\"\n");
-    std::fs::write(shell.folder.path().join("eventctl.toml"), project).unwrap();
+    std::fs::write(shell.folder().join("eventctl.toml"), project).unwrap();
     assert_eq!(shell.told(&["-c", "prod", "publish", "orders", "{}"]).0, 5);
     assert_eq!(shell.told(&["-c", "mine", "tail", "orders"]).0, 0);
     shell.ok(&["context", "rm", "shop"]);
@@ -101,7 +64,7 @@ fn a_plan_is_written_run_verified_and_resumed() {
 
     // Killed in the middle, it goes on where its last note says, and everything is there.
     let started = Command::new(env!("CARGO_BIN_EXE_eventctl"))
-        .args(["-c", &shell.url(), "replay", "run", "t", "--to", "t.slow", "--rate", "10/s"])
+        .args(["-c", &shell.url("a"), "replay", "run", "t", "--to", "t.slow", "--rate", "10/s"])
         .args(["--checkpoint-every", "5", "--execute"])
         .stderr(std::process::Stdio::piped())
         .spawn()
@@ -136,7 +99,7 @@ fn a_plan_is_written_run_verified_and_resumed() {
 #[test]
 fn lines_that_are_broken_can_be_skipped() {
     let shell = Shell::new();
-    std::fs::write(shell.folder.path().join("in.jsonl"), "{\"n\":1}\n{broken\n{\"n\":3}\n").unwrap();
+    std::fs::write(shell.folder().join("in.jsonl"), "{\"n\":1}\n{broken\n{\"n\":3}\n").unwrap();
     let (code, _, stderr) =
         shell.told(&["publish", "t", "--file", "in.jsonl", "--input", "jsonl", "--on-error", "skip"]);
     assert!(code == 3 && stderr.contains("line 2"), "{code} {stderr}");
@@ -150,7 +113,7 @@ async fn lag_is_told_to_monitors_and_parking_is_no_lag() {
         Err(Failure::permanent("never", "no"))
     }
     let shell = Shell::new();
-    let bus = eventbus::connect(&shell.url()).await.unwrap();
+    let bus = eventbus::connect(&shell.url("a")).await.unwrap();
     let topic = Topic::new("orders").unwrap();
     let running = Service::new("billing").on(topic.clone(), refuse).with_state(()).start(&bus).await.unwrap();
     for _ in 0..3 {
@@ -192,7 +155,7 @@ fn records_take_other_forms() {
     assert_eq!(line, "1\tx\ta: \"b\"\n1\tx\ttwo\n");
     assert_eq!(shell.ok(&["tail", "t", "--from", "start", "--sample", "1/2"]).lines().count(), 1);
     shell.ok(&["tail", "t", "--from", "start", "--save", "bodies"]);
-    let saved: Vec<_> = std::fs::read_dir(shell.folder.path().join("bodies")).unwrap().collect();
+    let saved: Vec<_> = std::fs::read_dir(shell.folder().join("bodies")).unwrap().collect();
     assert_eq!(saved.len(), 2);
     let yaml = shell.ok(&["inspect", "topics", "-o", "yaml"]);
     assert!(yaml.starts_with("- topic: \"t\"") || yaml.starts_with("- "), "{yaml}");

@@ -1,0 +1,150 @@
+//! jq filters, several topics, forms of output, dry runs.
+
+use crate::shell::Shell;
+
+fn amounts(shell: &Shell, topic: &str, amounts: &[u32]) {
+    for amount in amounts {
+        let body = format!("{{\"amount\":{amount}}}");
+        shell.ok(&["publish", topic, &body, "-k", &format!("k{amount}"), "--type", "shop.paid"]);
+    }
+}
+
+#[test]
+fn jq_filters_choose_and_select() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[50, 150, 250]);
+    shell.ok(&["publish", "orders", "no json", "--type", "note"]);
+    let chosen = ["tail", "orders", "--where", ".value.data.amount? > 100", "--select", ".key.data"];
+    assert_eq!(shell.ok(&chosen), "\"k150\"\n\"k250\"\n");
+    // What the filter cannot be run on is named and passed over.
+    let (code, stdout, stderr) = shell.told(&["tail", "orders", "--select", ".value.data.amount"]);
+    assert!(code == 0 && stderr.contains("orders/"), "{code} {stderr}");
+    assert_eq!(stdout, "50\n150\n250\n");
+    let (code, stderr) = shell.code(&["tail", "orders", "--where", ".value["]);
+    assert!(code == 2 && stderr.contains("not a jq filter"), "{code} {stderr}");
+    let (code, stderr) = shell.code(&["tail", "orders", "--where", "nonsense"]);
+    assert!(code == 2 && stderr.contains("nonsense"), "{code} {stderr}");
+}
+
+#[test]
+fn several_topics_are_merged_by_time() {
+    let shell = Shell::new();
+    for n in 0..6 {
+        shell.ok(&["publish", ["a", "b"][n % 2], &n.to_string()]);
+    }
+    let all = shell.lines(&["tail", "a", "b", "a", "--range", "start:end"]);
+    let places: Vec<_> =
+        all.iter().map(|r| format!("{}{}", r["dest"].as_str().unwrap(), r["value"]["data"])).collect();
+    assert_eq!(places, ["a0", "b1", "a2", "b3", "a4", "b5"]);
+    assert_eq!(shell.lines(&["tail", "a", "b", "-n", "2"]).len(), 2);
+    assert_eq!(shell.told(&["tail", "a", "missing"]).0, 4);
+}
+
+#[test]
+fn a_replay_is_filtered_and_edited() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[50, 150, 250]);
+    let replay = |more: &[&str]| {
+        let base = ["replay", "run", "orders", "--to", "copy", "--where", ".value.data.amount > 100"];
+        shell.told(&[&base[..], more].concat())
+    };
+    let edit = ["--edit", ".value.data.amount += 1 | .key.data = \"x\"", "--execute"];
+    let (code, _, stderr) = replay(&[&edit[..], &["--dry-run"]].concat());
+    assert!(code == 0 && stderr.contains("dry run: nothing was written"), "{code} {stderr}");
+    assert_eq!(shell.told(&["tail", "copy"]).0, 4, "a dry run made a topic");
+    assert_eq!(replay(&edit).0, 0);
+    let copies = shell.lines(&["tail", "copy"]);
+    let found: Vec<_> =
+        copies.iter().map(|copy| (&copy["key"]["data"], &copy["value"]["data"]["amount"])).collect();
+    assert_eq!(found, [(&"x".into(), &151.into()), (&"x".into(), &251.into())]);
+    assert_eq!(copies[0]["ce"]["type"], "shop.paid");
+    // What an edit cannot make is found before anything is written.
+    let (code, _, stderr) = replay(&["--edit", ".value.data.amount[0]", "--execute"]);
+    assert!(code == 2, "{code} {stderr}");
+    assert_eq!(shell.lines(&["tail", "copy"]).len(), 2);
+}
+
+#[test]
+fn a_dry_run_checks_and_writes_nothing() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[1]);
+    let (code, stderr) = shell.code(&["publish", "orders", "{}", "--count", "3", "--dry-run"]);
+    assert!(code == 0 && stderr.contains("3 events would be published to orders"), "{code} {stderr}");
+    let (code, stderr) = shell.code(&["publish", "orders", "{}", "--ce", "Bad=1", "--dry-run"]);
+    assert!(code == 1 && stderr.contains("extension name"), "{code} {stderr}");
+    for destroys in [["topic", "delete"], ["topic", "purge"]] {
+        let (code, _) = shell.code(&[&destroys[..], &["orders", "--execute", "--dry-run"]].concat());
+        assert_eq!(code, 0);
+    }
+    assert_eq!(shell.lines(&["tail", "orders"]).len(), 1);
+}
+
+#[test]
+fn structured_cloudevents_are_input() {
+    let shell = Shell::new();
+    let lines = concat!(
+        r#"{"specversion":"1.0","id":"A1","source":"/shop","type":"shop.paid","partitionkey":"7","data":{"n":1}}"#,
+        "\n",
+        r#"{"specversion":"1.0","id":"A2","source":"/shop"}"#,
+        "\n"
+    );
+    let output = shell.run_with(&["publish", "orders", "-", "--input", "cloudevents"], lines);
+    assert_eq!(output.status.code(), Some(3), "{}", crate::shell::text(&output.stderr));
+    let stored = &shell.lines(&["tail", "orders"])[0];
+    assert_eq!((&stored["ce"]["id"], &stored["key"]["data"]), (&"A1".into(), &"7".into()));
+    assert_eq!(stored["value"]["data"]["n"], 1);
+}
+
+#[test]
+fn lists_take_the_form_that_is_asked_for() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[1]);
+    let list = |more: &[&str]| shell.ok(&[&["inspect", "topics", "--columns", "topic"], more].concat());
+    assert_eq!(list(&["-o", "table"]), " TOPIC\n orders\n");
+    assert_eq!(list(&["-o", "table", "--color", "always"]), "\u{1b}[1m TOPIC\u{1b}[0m\n orders\n");
+    assert_eq!(list(&["-o", "table", "--no-headers"]).trim(), "orders");
+    assert_eq!(list(&["-o", "csv", "--no-headers"]), "orders\n");
+    let shown = |form: &str| shell.ok(&["tail", "orders", "--format", "{ts}", "--time", form]);
+    assert!(shown("utc").ends_with("Z\n") && shown("relative").ends_with("s ago\n"));
+    assert!(shown("unix").trim().parse::<f64>().unwrap() > 1.7e9);
+    assert!(jiff_reads(shown("local").trim()), "{}", shown("local"));
+    let (_, _, stderr) = shell.told(&["-v", "publish", "orders", "{}"]);
+    assert!(!stderr.is_empty());
+    let (_, _, stderr) = shell.told(&["publish", "orders", "{}", "--count", "5", "--progress", "json"]);
+    assert!(stderr.contains(r#"{"done":5,"total":5,"verb":"publish"}"#), "{stderr}");
+}
+
+/// Whether a text is a time with its offset.
+fn jiff_reads(text: &str) -> bool {
+    eventbus::time::from_rfc3339(text).is_some()
+}
+
+#[test]
+fn contexts_are_shown_tested_copied_and_edited() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[1]);
+    let (a, b) = (shell.url("a"), shell.url("b"));
+    assert_eq!(shell.ok(&["context", "prompt"]), "");
+    shell.ok(&["context", "add", "one", &a, "--use"]);
+    shell.ok(&["context", "add", "two", &b, "--use"]);
+    assert_eq!(shell.ok(&["context", "prompt"]), "two\n");
+    shell.ok(&["context", "use", "-"]);
+    assert_eq!(shell.ok(&["context", "prompt"]), "one\n");
+    let (code, stderr) = shell.code(&["context", "test"]);
+    assert!(code == 0 && stderr.contains("one answers: 1 topics"), "{stderr}");
+    assert_eq!(shell.code(&["context", "test", "two"]).0, 6, "there is no such file");
+    shell.ok(&["context", "copy", "one", "three"]);
+    assert_eq!(shell.code(&["context", "copy", "one", "two"]).0, 5);
+    let shown = shell.ok(&["context", "show", "three"]);
+    assert!(shown.contains(&a), "{shown}");
+    let edit = |script: &str| {
+        let output = shell.command(&["context", "edit"]).env("VISUAL", script).output().unwrap();
+        (output.status.code().unwrap(), crate::shell::text(&output.stderr))
+    };
+    assert_eq!(edit("sed -i s/three/four/").0, 0);
+    assert_eq!(shell.told(&["context", "show", "four"]).0, 0);
+    let (code, stderr) = edit("sed -i s/url/nonsense/");
+    assert!(code == 2 && stderr.contains("nothing is changed"), "{code} {stderr}");
+    assert_eq!(edit("false").0, 1);
+    assert_eq!(shell.told(&["context", "show", "four"]).0, 0);
+}
