@@ -16,6 +16,9 @@ use crate::exit::{Failure, Outcome};
 const KNOWN: [&str; 8] =
     ["id", "source", "type", "specversion", "subject", "time", "dataschema", "dataversion"];
 
+/// Bodies that are nested deeper are shown as text.
+const MAX_DEPTH: usize = 64;
+
 fn coded(bytes: &[u8]) -> (String, &'static str) {
     match std::str::from_utf8(bytes) {
         Ok(text) => (text.to_owned(), "utf8"),
@@ -24,14 +27,25 @@ fn coded(bytes: &[u8]) -> (String, &'static str) {
 }
 
 fn body(bytes: &[u8]) -> Value {
-    // Shown as JSON only where writing it again gives the same bytes.
+    // Shown as JSON only where writing it again gives the same bytes, and where a reader that bounds the depth
+    // of nesting, as most do, can still read the record around it.
     if let Ok(value) = serde_json::from_slice::<Value>(bytes)
+        && depth(&value) <= MAX_DEPTH
         && serde_json::to_vec(&value).is_ok_and(|again| again == bytes)
     {
         return json!({"enc": "json", "data": value});
     }
     let (data, enc) = coded(bytes);
     json!({"enc": enc, "data": data})
+}
+
+/// How deep a value is nested.
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
+        Value::Object(fields) => 1 + fields.values().map(depth).max().unwrap_or(0),
+        _ => 0,
+    }
 }
 
 fn uncoded(enc: Option<&str>, data: &Value) -> Outcome<Vec<u8>> {
@@ -214,8 +228,9 @@ mod tests {
         let binary = full.clone().with_payload(vec![0u8, 159, 146, 150]);
         let absent = full.clone().without_payload().without_key().with_time(None);
         let empty = full.clone().with_payload("");
+        let deep = full.clone().with_payload(format!("{}1{}", "[".repeat(126), "]".repeat(126)));
         let topic = Topic::new("t").unwrap();
-        for event in [full, spaced, binary, absent, empty] {
+        for event in [full, spaced, binary, absent, empty, deep] {
             let record =
                 Record::new(PartitionId(1), Offset(2), SystemTime::now(), Content::Envelope(event.clone()));
             let text = to_json("sqlite", &topic, &record, None).to_string();

@@ -103,6 +103,16 @@ pub async fn check_out(
     Ok(id)
 }
 
+/// Whether a checkout was accepted under this number: ordering knows the order then, or will.
+///
+/// # Errors
+/// What the tables report.
+pub fn has_accepted(tables: &rusqlite::Connection, order: OrderId) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM basket_request WHERE ord = ?1)
+        OR EXISTS (SELECT 1 FROM basket_basket WHERE ord = ?1)";
+    tables.prepare_cached(sql)?.query_row([order], |row| row.get(0))
+}
+
 async fn started(Typed(event): Typed<OrderStarted>, State(shop): State<Shop>) -> Result<(), Failure> {
     let sql = "DELETE FROM basket_basket WHERE ord = ?1";
     shop.store.run(move |tables| tables.prepare_cached(sql)?.execute([event.order])).await?;

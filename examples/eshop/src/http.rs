@@ -109,29 +109,51 @@ async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<N
     }
 }
 
+/// An order as the door knows it.
+enum Known {
+    /// Ordering has it.
+    Stored(ordering::Order),
+    /// Its checkout is on the way to ordering.
+    Accepted,
+    Unknown,
+}
+
+async fn known(door: &Door, id: OrderId) -> eventbus::Result<Known> {
+    let look = move |tables: &rusqlite::Connection| match ordering::find(tables, id)? {
+        Some(order) => Ok(Known::Stored(order)),
+        None if basket::has_accepted(tables, id)? => Ok(Known::Accepted),
+        None => Ok(Known::Unknown),
+    };
+    door.shop.store.run(look).await
+}
+
 async fn show(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
-    match door.shop.store.run(move |tables| ordering::find(tables, id)).await {
-        Ok(Some(order)) => Json(json!({
+    match known(&door, id).await {
+        Ok(Known::Accepted) => Json(json!({"order": id, "status": "Accepted"})).into_response(),
+        Ok(Known::Stored(order)) => Json(json!({
             "order": order.id, "buyer": order.buyer, "product": order.product, "quantity": order.quantity,
             "amount_cents": order.amount_cents, "status": order.status, "cancelled_by": order.cancelled_by,
         }))
         .into_response(),
-        Ok(None) => problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}")),
+        Ok(Known::Unknown) => problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}")),
         Err(error) => unavailable(&error),
     }
 }
 
 async fn cancel(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
-    let order = match door.shop.store.run(move |tables| ordering::find(tables, id)).await {
-        Ok(Some(order)) => order,
-        Ok(None) => return problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}")),
+    match known(&door, id).await {
+        Ok(Known::Stored(order)) if on(order.status, Input::Cancel) == Next::Refuse => {
+            return problem(
+                StatusCode::CONFLICT,
+                format_args!("order {id} is {} and cannot be cancelled", order.status.as_str()),
+            );
+        }
+        // The command waits for an order that is still on its way.
+        Ok(Known::Stored(_) | Known::Accepted) => {}
+        Ok(Known::Unknown) => {
+            return problem(StatusCode::NOT_FOUND, format_args!("there is no order {id}"));
+        }
         Err(error) => return unavailable(&error),
-    };
-    if on(order.status, Input::Cancel) == Next::Refuse {
-        return problem(
-            StatusCode::CONFLICT,
-            format_args!("order {id} is {} and cannot be cancelled", order.status.as_str()),
-        );
     }
     let asked = async {
         door.bus
