@@ -221,18 +221,7 @@ impl Admin for Memory {
                     inner.logs.get(partition.0 as usize).is_some_and(|log| log.next() > offset.0)
                 })
         };
-        let waiting = async {
-            loop {
-                // Listen first, look second: an arrival between the two is not missed.
-                let mut arrival = std::pin::pin!(state.arrivals.notified());
-                arrival.as_mut().enable();
-                if arrived() {
-                    return;
-                }
-                arrival.await;
-            }
-        };
-        drop(tokio::time::timeout(within, waiting).await);
+        drop(tokio::time::timeout(within, state.until(arrived)).await);
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::subscription::{Audience, Start, Subscription};
 use crate::transport::cursor::{Entry, Order, Past, Settling, lease_end};
-use crate::transport::hand::{self, Hand, Place};
+use crate::transport::hand::{self, Place};
 use crate::transport::{Consumer, Delivery, Polled, Settle, Settled, Token};
 
 pub(super) struct MemoryConsumer {
@@ -52,6 +52,7 @@ impl MemoryConsumer {
         if inner.deleted {
             return Err(Error::not_found("the topic was deleted").with("topic", &topic.spec.topic));
         }
+        topic.keep_for_groups(&mut inner);
         let Inner { groups, logs, .. } = &mut *inner;
         let state = groups.entry(group.clone()).or_insert_with(|| {
             let floors = logs
@@ -60,20 +61,8 @@ impl MemoryConsumer {
                 .map(|(at, log)| start_of(log, PartitionId(at as u32), &subscription.start));
             GroupState::new(order, floors, matches!(subscription.audience, Audience::Broadcast))
         });
-        state.members.insert(
-            member,
-            Member {
-                wake: wake.clone(),
-                news: Default::default(),
-                hand: Hand::new(subscription.window, subscription.window_bytes),
-                lease: subscription.lease,
-                revoke_within: subscription.revoke_within,
-                alive_until: lease_end(now, subscription.lease),
-                polls_waiting: 0,
-                asleep: false,
-                opened_from,
-            },
-        );
+        let newcomer = Member::new(subscription, wake.clone(), topic.n_asleep(), opened_from, now);
+        state.members.insert(member, newcomer);
         state.rebalance(now);
         drop(inner);
         Ok(Self { topic, group, member, wake, polling: tokio::sync::Mutex::default() })
@@ -112,6 +101,7 @@ impl MemoryConsumer {
         };
         let revived = !member.is_alive(now);
         member.touch(now);
+        member.is_awake();
         if revived {
             group.rebalance(now);
         }
@@ -137,8 +127,11 @@ impl MemoryConsumer {
         }
         match group.members.get_mut(&self.member) {
             Some(member) if !member.news.is_empty() => return Ok(Looked::Again),
-            Some(member) => member.asleep = true,
+            Some(member) => member.doze(),
             None => {}
+        }
+        if !self.topic.is_up_to_date() {
+            return Ok(Looked::Again);
         }
         Ok(Looked::WaitUntil(group.wake_at(self.member, now)))
     }

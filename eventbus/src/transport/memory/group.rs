@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -9,6 +10,7 @@ use tokio::time::Instant;
 
 use super::closing::Closing;
 use crate::partition::PartitionId;
+use crate::subscription::Subscription;
 use crate::transport::cursor::{Cursor, Order, lease_end};
 use crate::transport::hand::Hand;
 use crate::transport::{Polled, assign};
@@ -40,7 +42,9 @@ pub(super) struct Member {
     pub(super) alive_until: Instant,
     pub(super) polls_waiting: usize,
     /// It found nothing and sleeps: whoever has something for it wakes it once.
-    pub(super) asleep: bool,
+    asleep: bool,
+    /// Counts those who sleep, for publishers.
+    n_asleep: Arc<AtomicUsize>,
     /// The transport value it was opened from.
     pub(super) opened_from: Arc<Closing>,
 }
@@ -50,7 +54,34 @@ pub(super) enum News {
     DataLoss { expected: u64, first: u64, partition: PartitionId },
 }
 
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.is_awake();
+    }
+}
+
 impl Member {
+    pub(super) fn new(
+        subscription: &Subscription,
+        wake: Arc<Notify>,
+        n_asleep: Arc<AtomicUsize>,
+        opened_from: Arc<Closing>,
+        now: Instant,
+    ) -> Self {
+        Self {
+            wake,
+            news: VecDeque::new(),
+            hand: Hand::new(subscription.window, subscription.window_bytes),
+            lease: subscription.lease,
+            revoke_within: subscription.revoke_within,
+            alive_until: lease_end(now, subscription.lease),
+            polls_waiting: 0,
+            asleep: false,
+            n_asleep,
+            opened_from,
+        }
+    }
+
     pub(super) fn is_alive(&self, now: Instant) -> bool {
         self.polls_waiting > 0 || self.alive_until > now
     }
@@ -59,8 +90,21 @@ impl Member {
         self.alive_until = self.alive_until.max(lease_end(now, self.lease));
     }
 
-    pub(super) fn rouse(&mut self) {
+    pub(super) fn doze(&mut self) {
+        if !std::mem::replace(&mut self.asleep, true) {
+            self.n_asleep.fetch_add(1, Atomic::Relaxed);
+        }
+    }
+
+    pub(super) fn is_awake(&mut self) {
         if std::mem::take(&mut self.asleep) {
+            self.n_asleep.fetch_sub(1, Atomic::Relaxed);
+        }
+    }
+
+    pub(super) fn rouse(&mut self) {
+        if self.asleep {
+            self.is_awake();
             self.wake.notify_one();
         }
     }

@@ -16,6 +16,7 @@ mod admin;
 mod closing;
 mod consumer;
 mod group;
+mod inbox;
 mod publisher;
 mod topic;
 

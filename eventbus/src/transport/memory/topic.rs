@@ -1,8 +1,9 @@
 //! One topic: the logs of its partitions, its groups, and the room that bounds them.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicUsize, Ordering as Atomic};
+use std::time::SystemTime;
 
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, Semaphore};
@@ -11,11 +12,11 @@ use tokio::time::Instant;
 use super::Options;
 use super::closing::Closing;
 use super::group::GroupState;
-use crate::admin::{Offset, TopicSpec};
+use super::inbox::{Inbox, Kept};
+use crate::admin::TopicSpec;
 use crate::envelope::Envelope;
-use crate::id::EventId;
 use crate::name::Group;
-use crate::partition::{self, PartitionId};
+use crate::partition::PartitionId;
 use crate::transport::wall::Wall;
 use crate::transport::{Content, Receipt};
 
@@ -35,9 +36,14 @@ pub(super) struct TopicState {
     pub(super) room_bytes: Semaphore,
     pub(super) max_events: usize,
     pub(super) max_bytes: usize,
-    /// Rung at every arrival, for readers outside groups.
-    pub(super) arrivals: Notify,
+    /// Locked after `inner`, where both are.
+    inbox: Mutex<Inbox>,
     inner: Mutex<Inner>,
+    /// Members that found nothing and sleep.
+    n_asleep: Arc<AtomicUsize>,
+    /// Rung at every arrival, for readers outside groups, while there are any.
+    arrivals: Notify,
+    n_listening: AtomicUsize,
     ring: usize,
     wall: Arc<Wall>,
 }
@@ -46,8 +52,8 @@ pub(super) struct Inner {
     pub(super) logs: Vec<Log>,
     pub(super) groups: BTreeMap<GroupId, GroupState>,
     pub(super) deleted: bool,
-    dedup: Option<Dedup>,
-    last_stored: SystemTime,
+    /// What was in the inbox a moment ago; empty, kept for its room.
+    taken: Vec<(PartitionId, Stored)>,
 }
 
 /// One partition's events that somebody may still read.
@@ -61,14 +67,8 @@ pub(super) struct Log {
 pub(super) struct Stored {
     pub(super) content: Content,
     /// Bytes of room that it takes.
-    n_bytes: usize,
+    pub(super) n_bytes: usize,
     pub(super) stored_at: SystemTime,
-}
-
-struct Dedup {
-    window: Duration,
-    seen: HashMap<(String, EventId), Receipt>,
-    ages: VecDeque<(Instant, (String, EventId))>,
 }
 
 impl Log {
@@ -92,86 +92,132 @@ impl TopicState {
             room_bytes: Semaphore::new(options.max_bytes.get().min(u32::MAX as usize)),
             max_events: options.max_events.get(),
             max_bytes: options.max_bytes.get().min(u32::MAX as usize),
-            arrivals: Notify::new(),
+            inbox: Mutex::new(Inbox::new(spec.partitions.get(), kept_without_groups(ring), options.dedup)),
             inner: Mutex::new(Inner {
                 logs: (0..spec.partitions.get()).map(|_| log()).collect(),
                 groups: BTreeMap::new(),
                 deleted: false,
-                dedup: options.dedup.map(|window| Dedup {
-                    window,
-                    seen: HashMap::new(),
-                    ages: VecDeque::new(),
-                }),
-                last_stored: SystemTime::UNIX_EPOCH,
+                taken: Vec::new(),
             }),
+            n_asleep: Arc::default(),
+            arrivals: Notify::new(),
+            n_listening: AtomicUsize::new(0),
             spec,
             ring,
             wall,
         }
     }
 
+    /// Locks the topic, with everything in it that was published before.
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock()
+        let mut inner = self.inner.lock();
+        self.fill(&mut inner, &mut self.inbox.lock());
+        inner
     }
 
-    /// Stores events for which room was taken, and wakes their owners. Returns a receipt each.
-    pub(super) fn append(&self, batch: impl Iterator<Item = Envelope>, mut receipt: impl FnMut(Receipt)) {
-        let mut inner = self.inner.lock();
-        let inner = &mut *inner;
-        let now = self.wall.now().max(inner.last_stored);
-        inner.last_stored = now;
-        let (mut n_unused, mut bytes_unused) = (0, 0);
-        let keeps = !inner.groups.is_empty() || self.ring > 0;
-        for envelope in batch {
-            let partition = partition::of_envelope(&envelope, self.spec.partitions.get());
-            let Some(log) = inner.logs.get_mut(partition.0 as usize) else { continue };
-            let place = Receipt::new(partition, Offset(log.next()));
-            if let Some(dedup) = &mut inner.dedup
-                && let Some(first) = dedup.meet(&envelope, place)
-            {
-                n_unused += 1;
-                bytes_unused += envelope.size_bytes();
-                receipt(first.duplicate());
-                continue;
+    /// Whether nothing was published since the topic was locked.
+    pub(super) fn is_up_to_date(&self) -> bool {
+        self.inbox.lock().is_empty()
+    }
+
+    pub(super) fn n_asleep(&self) -> Arc<AtomicUsize> {
+        self.n_asleep.clone()
+    }
+
+    /// Takes what was published into the logs, and wakes those of its owners who sleep.
+    fn fill(&self, inner: &mut Inner, inbox: &mut Inbox) {
+        if inbox.is_empty() {
+            return;
+        }
+        let Inner { logs, groups, taken, .. } = inner;
+        let next = inbox.empty_into(taken);
+        let anybody_sleeps = self.n_asleep.load(Atomic::Relaxed) > 0;
+        for (partition, stored) in taken.drain(..) {
+            let at = partition.0 as usize;
+            if let Some(log) = logs.get_mut(at) {
+                log.entries.push_back(stored);
             }
-            receipt(place);
-            if !keeps {
-                // Nobody can ever read it: a new group starts behind it.
-                log.base += 1;
-                log.free_below = log.base;
-                n_unused += 1;
-                bytes_unused += envelope.size_bytes();
-                continue;
-            }
-            let n_bytes = envelope.size_bytes();
-            log.entries.push_back(Stored { content: Content::Envelope(envelope), n_bytes, stored_at: now });
-            for group in inner.groups.values_mut() {
-                let owner = group.shares.get(partition.0 as usize).and_then(|share| share.owner);
-                if let Some(member) = owner.and_then(|id| group.members.get_mut(&id)) {
-                    member.rouse();
+            if anybody_sleeps {
+                for group in groups.values_mut() {
+                    let owner = group.shares.get(at).and_then(|share| share.owner);
+                    if let Some(member) = owner.and_then(|id| group.members.get_mut(&id)) {
+                        member.rouse();
+                    }
                 }
             }
         }
-        if inner.groups.is_empty() && keeps {
-            for log in &mut inner.logs {
+        if let Some(next) = next {
+            for (log, next) in logs.iter_mut().zip(next) {
+                // Nothing of what was not kept is in the way: nobody had a place before it.
+                if log.next() < *next {
+                    log.base = *next;
+                    log.free_below = *next;
+                }
+            }
+        }
+        if groups.is_empty() {
+            for log in logs {
                 let next = log.next();
                 self.trim(log, next);
             }
         }
-        self.give_room(n_unused, bytes_unused);
-        self.arrivals.notify_waiters();
+    }
+
+    /// Stores events for which room was taken. Their owners find them, or are woken.
+    pub(super) fn append(&self, batch: impl Iterator<Item = Envelope>, receipt: impl FnMut(Receipt)) {
+        let now = self.wall.now();
+        let (unused, kept) = {
+            let mut inbox = self.inbox.lock();
+            (inbox.take(batch, now, receipt), inbox.kept())
+        };
+        self.give_room(unused.n_events, unused.n_bytes);
+        self.arrived(kept == Kept::ForReplay);
     }
 
     /// Puts bytes into a partition as a foreign producer would: the raw hook of the conformance suite.
     pub(super) fn append_raw(&self, partition: PartitionId, content: Content) {
-        let mut inner = self.inner.lock();
-        let stored_at = self.wall.now().max(inner.last_stored);
-        if let Some(log) = inner.logs.get_mut(partition.0 as usize) {
-            let n_bytes = content.size_bytes();
-            log.entries.push_back(Stored { content, n_bytes, stored_at });
+        self.inbox.lock().take_raw(partition, content, self.wall.now());
+        self.arrived(true);
+    }
+
+    /// Who goes to sleep says so before a last look into the inbox: whoever put something there after that look
+    /// sees it here.
+    fn arrived(&self, must_fill: bool) {
+        if must_fill || self.n_asleep.load(Atomic::Relaxed) > 0 {
+            drop(self.lock());
         }
-        for member in inner.groups.values().flat_map(|group| group.members.values()) {
-            member.wake.notify_one();
+        if self.n_listening.load(Atomic::Relaxed) > 0 {
+            self.arrivals.notify_waiters();
+        }
+    }
+
+    /// Waits until a condition holds that arrivals change. It is to lock the topic.
+    pub(super) async fn until(&self, holds: impl Fn() -> bool) {
+        let _listening = Listening::begin(&self.n_listening);
+        loop {
+            // Listen first, look second: an arrival between the two is not missed.
+            let mut arrival = std::pin::pin!(self.arrivals.notified());
+            arrival.as_mut().enable();
+            if holds() {
+                return;
+            }
+            arrival.await;
+        }
+    }
+
+    /// Keeps events from now on for a group that is about to begin.
+    pub(super) fn keep_for_groups(&self, inner: &mut Inner) {
+        let mut inbox = self.inbox.lock();
+        self.fill(inner, &mut inbox);
+        inbox.keep(Kept::ForGroups);
+    }
+
+    /// Keeps events no longer, if the last group is gone.
+    fn keep_for_whom(&self, inner: &mut Inner) {
+        if inner.groups.is_empty() {
+            let mut inbox = self.inbox.lock();
+            self.fill(inner, &mut inbox);
+            inbox.keep(kept_without_groups(self.ring));
         }
     }
 
@@ -231,7 +277,7 @@ impl TopicState {
 
     /// Ends every member that was opened from one transport value.
     pub(super) fn leave_all(&self, opened_from: &Arc<Closing>) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         let now = Instant::now();
         for group in inner.groups.values_mut() {
             let gone: Vec<u64> = group
@@ -261,11 +307,12 @@ impl TopicState {
         for at in 0..self.spec.partitions.get() {
             self.settled(inner, PartitionId(at));
         }
+        self.keep_for_whom(inner);
     }
 
     /// Marks the topic as deleted and wakes everybody who waits on it.
     pub(super) fn delete(&self) {
-        let mut inner = self.inner.lock();
+        let mut inner = self.lock();
         inner.deleted = true;
         for member in inner.groups.values().flat_map(|group| group.members.values()) {
             member.wake.notify_one();
@@ -276,23 +323,22 @@ impl TopicState {
     }
 }
 
-impl Dedup {
-    /// Returns the receipt of an earlier copy inside the window, or remembers this one.
-    fn meet(&mut self, envelope: &Envelope, place: Receipt) -> Option<Receipt> {
-        let now = Instant::now();
-        while let Some((stored, _)) = self.ages.front()
-            && now.duration_since(*stored) >= self.window
-        {
-            if let Some((_, key)) = self.ages.pop_front() {
-                self.seen.remove(&key);
-            }
-        }
-        let key = (envelope.source().to_owned(), envelope.id().clone());
-        if let Some(first) = self.seen.get(&key) {
-            return Some(*first);
-        }
-        self.seen.insert(key.clone(), place);
-        self.ages.push_back((now, key));
-        None
+const fn kept_without_groups(ring: usize) -> Kept {
+    if ring > 0 { Kept::ForReplay } else { Kept::Not }
+}
+
+/// Counts a reader that waits for arrivals, also when its future is dropped.
+struct Listening<'a>(&'a AtomicUsize);
+
+impl<'a> Listening<'a> {
+    fn begin(n_listening: &'a AtomicUsize) -> Self {
+        n_listening.fetch_add(1, Atomic::Relaxed);
+        Self(n_listening)
+    }
+}
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Atomic::Relaxed);
     }
 }
