@@ -538,6 +538,7 @@ async fn conclude(
 ) -> Option<Failure> {
     let n_sent = outcome.outputs.len();
     let failure = match outcome.verdict {
+        Ok(()) if n_sent == 0 => None,
         Ok(()) => {
             let sent = outputs::publish(subscribed, route, context, outcome.outputs, hop).await;
             sent.err().map(Failure::from)

@@ -32,6 +32,8 @@ pub(crate) enum Order {
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) content: Content,
+    /// Bytes that count against a window.
+    pub(crate) size: usize,
     pub(crate) stored_at: SystemTime,
     /// Earlier deliveries that ended in a retry, as the store remembers them.
     pub(crate) past: Past,
@@ -187,9 +189,14 @@ impl Cursor {
         let waits = due.is_some()
             || (!self.held.is_empty()
                 && self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key)));
-        let size = entry.content.size_bytes();
         let state = State::Waiting { due, content: entry.content };
-        self.slots.push_back(Slot { state, attempt, handout: 0, size, stored_at: entry.stored_at });
+        self.slots.push_back(Slot {
+            state,
+            attempt,
+            handout: 0,
+            size: entry.size,
+            stored_at: entry.stored_at,
+        });
         if waits {
             self.wait(offset);
             return None;
@@ -467,7 +474,7 @@ mod tests {
 
     fn entry(key: &'static str) -> Entry {
         let content = Content::Envelope(Envelope::new("t", "/s").with_key(key).with_payload("x"));
-        Entry { content, stored_at: SystemTime::UNIX_EPOCH, past: Past::Fresh }
+        Entry { size: content.size_bytes(), content, stored_at: SystemTime::UNIX_EPOCH, past: Past::Fresh }
     }
 
     fn setup(order: Order, keys: &[&'static str]) -> (Cursor, Instant, Vec<Handed>) {

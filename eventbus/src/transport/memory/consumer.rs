@@ -154,6 +154,7 @@ impl MemoryConsumer {
                 let stored = log.get(offset)?;
                 Some(Entry {
                     content: stored.content.clone(),
+                    size: stored.n_bytes,
                     stored_at: stored.stored_at,
                     past: Past::Fresh,
                 })
@@ -218,6 +219,7 @@ impl Drop for Waiting<'_> {
 impl Consumer for MemoryConsumer {
     async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
         let _one_at_a_time = self.polling.lock().await;
+        self.topic.free().await;
         if let Looked::Found(polled) = self.look(max)? {
             return Ok(polled);
         }
@@ -242,6 +244,7 @@ impl Consumer for MemoryConsumer {
 
     async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
         let mut settled = Settled::default();
+        self.topic.free().await;
         let mut inner = self.topic.lock();
         let inner = &mut *inner;
         let Some(group) = inner.groups.get_mut(&self.group) else { return Err(Error::closed("consumer")) };

@@ -215,7 +215,12 @@ impl Partitions {
             let next = |offset| {
                 let row = buffer.pop_front_if(|row| row.offset == offset)?;
                 let past = exceptions.remove(&offset).unwrap_or_default();
-                Some(Entry { content: row.content, stored_at: row.stored_at, past })
+                Some(Entry {
+                    size: row.content.size_bytes(),
+                    content: row.content,
+                    stored_at: row.stored_at,
+                    past,
+                })
             };
             let (epoch, left) = (owned.epoch, max - deliveries.len());
             self.hand.fill(&mut owned.cursor, now, until, left, next, |handed| {
