@@ -1,24 +1,23 @@
 //! Publishing into the file: the writer stores whole rounds, the confirm resolves after the commit.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 
 use async_trait::async_trait;
-use rusqlite::params;
+use smallvec::SmallVec;
 
 use super::clock;
 use super::row;
 use super::schema::{MAX_OFFSET, from_sqlite, position};
 use super::store::{MAX_WAITING_BYTES, MAX_WAITING_EVENTS, Store};
 use super::topics;
-use super::writer::{Command, Job, Round};
+use super::writer::{Command, End, Job, Round};
 use crate::admin::Offset;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
-use crate::partition;
+use crate::partition::{self, PartitionId};
 use crate::transport::admit::{Admitted, Refused};
 use crate::transport::{Confirm, Publisher, Receipt, Resolver};
 
@@ -119,6 +118,10 @@ impl Job for Publish {
         Ok(())
     }
 
+    fn needs_savepoint(&self) -> bool {
+        false
+    }
+
     fn done(self: Box<Self>, outcome: Result<()>) {
         let Self { events, refused, resolver, stored, room, .. } = *self;
         let receipts = match outcome {
@@ -152,7 +155,8 @@ fn has_room(round: &Round<'_>, events: &[Envelope]) -> Result<()> {
         .with("max_pages", max))
 }
 
-/// Stores events of one topic in the present transaction, creating the topic if it is missing.
+/// Stores events of one topic in the present transaction, creating the topic if it is missing. What can be
+/// refused is refused before the first is written; after that an error is the round's.
 fn store_events(
     round: &mut Round<'_>,
     topic: &Topic,
@@ -161,32 +165,37 @@ fn store_events(
 ) -> Result<Vec<Receipt>> {
     has_room(round, events)?;
     let (id, n_partitions) = topics::resolve_or_create(round, topic, partitions)?;
-    round.news = true;
-    let mut ends: HashMap<u32, (u64, i64)> = HashMap::new();
-    let mut receipts = Vec::with_capacity(events.len());
-    let mut insert = row::insert(round.connection)?;
     let now = clock::to_nanos(round.wall.now());
+    let mut ends: SmallVec<[(u32, End); 4]> = SmallVec::new();
+    let mut places = Vec::with_capacity(events.len());
     for event in events {
-        let partition = partition::of_envelope(event, n_partitions);
-        let (next, stored_at) = match ends.get(&partition.0) {
-            Some(end) => *end,
+        let partition = partition::of_envelope(event, n_partitions).0;
+        let at = match ends.iter().position(|(known, _)| *known == partition) {
+            Some(at) => at,
             None => {
-                let (next, last) = topics::end(round, id, partition.0)?;
-                (next, now.max(last))
+                let end = round.end(id, partition)?;
+                ends.push((partition, End { last_stored: now.max(end.last_stored), ..end }));
+                ends.len() - 1
             }
         };
-        if next >= MAX_OFFSET {
+        let Some((_, end)) = ends.get_mut(at) else { continue };
+        if end.next >= MAX_OFFSET {
             return Err(Error::new(ErrorKind::Full, "the partition has numbered all the events it can")
                 .with("topic", topic));
         }
-        row::put(&mut insert, position(id, partition.0, next), stored_at, event)?;
-        ends.insert(partition.0, (next + 1, stored_at));
-        receipts.push(Receipt::new(partition, Offset(next)));
+        places.push((partition, *end));
+        end.next += 1;
     }
-    let sql = "UPDATE eventbus_partition SET next = ?3, last_stored = ?4 WHERE topic = ?1 AND partition = ?2";
-    let mut update = round.connection.prepare_cached(sql).map_err(from_sqlite)?;
-    for (partition, (next, stored_at)) in ends {
-        update.execute(params![id, partition, next, stored_at]).map_err(from_sqlite)?;
+    let mut insert = row::insert(round.connection)?;
+    for (event, (partition, end)) in events.iter().zip(&places) {
+        if let Err(error) = row::put(&mut insert, position(id, *partition, end.next), end.last_stored, event)
+        {
+            round.is_broken = true;
+            return Err(error);
+        }
     }
-    Ok(receipts)
+    round.news = true;
+    ends.into_iter().for_each(|(partition, end)| round.set_end(id, partition, end));
+    let receipt = |(partition, end): (u32, End)| Receipt::new(PartitionId(partition), Offset(end.next));
+    Ok(places.into_iter().map(receipt).collect())
 }

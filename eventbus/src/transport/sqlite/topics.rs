@@ -4,7 +4,7 @@ use rusqlite::{OptionalExtension, params};
 
 use super::clock;
 use super::schema::{MAX_PARTITIONS, from_sqlite};
-use super::writer::Round;
+use super::writer::{End, Round};
 use crate::admin::{Retention, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
@@ -82,14 +82,16 @@ pub(super) fn declare(round: &mut Round<'_>, spec: &TopicSpec) -> Result<bool> {
 }
 
 /// The next offset of a partition and the newest time stored in it.
-pub(super) fn end(round: &Round<'_>, topic: i64, partition: u32) -> Result<(u64, i64)> {
+pub(super) fn end(round: &Round<'_>, topic: i64, partition: u32) -> Result<End> {
     round
         .connection
         .prepare_cached(
             "SELECT next, last_stored FROM eventbus_partition WHERE topic = ?1 AND partition = ?2",
         )
         .and_then(|mut statement| {
-            statement.query_row(params![topic, partition], |row| Ok((row.get(0)?, row.get(1)?)))
+            statement.query_row(params![topic, partition], |row| {
+                Ok(End { next: row.get(0)?, last_stored: row.get(1)? })
+            })
         })
         .map_err(from_sqlite)
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering as Atomic};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use rusqlite::Connection;
+use rusqlite::{Connection, params};
 use tokio::sync::watch;
 
 use super::schema::{self, Role, from_sqlite};
@@ -21,8 +21,13 @@ use crate::transport::wall::Wall;
 
 /// Work for one transaction.
 pub(super) trait Job: Send {
-    /// Does the work. An error undoes this job alone.
+    /// Does the work. An error undoes this job alone, or the round where it says so.
     fn run(&mut self, round: &mut Round<'_>) -> Result<()>;
+
+    /// Whether it needs a savepoint to be undone: not if it writes nothing before it knows that it may.
+    fn needs_savepoint(&self) -> bool {
+        true
+    }
 
     /// Answers, after the commit or the failure.
     fn done(self: Box<Self>, outcome: Result<()>);
@@ -44,6 +49,57 @@ pub(super) struct Round<'a> {
     /// trims and keeps seats must go on when publishing is refused.
     pub(super) max_pages: Option<u64>,
     pub(super) wall: &'a Wall,
+    /// Where partitions end after what this round appended, by topic and partition. Stored before anything else
+    /// looks, so that a thousand appends are not a thousand updates.
+    ends: HashMap<(i64, u32), End>,
+    /// Set by a job that failed in the middle of its writes and has no savepoint.
+    pub(super) is_broken: bool,
+}
+
+/// Where a partition ends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct End {
+    /// The next offset.
+    pub(super) next: u64,
+    /// The newest time stored in it, in nanoseconds.
+    pub(super) last_stored: i64,
+}
+
+impl<'a> Round<'a> {
+    fn new(connection: &'a Connection, max_pages: Option<u64>, wall: &'a Wall) -> Self {
+        let (topics, ends) = (HashMap::new(), HashMap::new());
+        Self { connection, topics, news: false, max_pages, wall, ends, is_broken: false }
+    }
+
+    /// Where a partition ends now.
+    pub(super) fn end(&self, topic: i64, partition: u32) -> Result<End> {
+        match self.ends.get(&(topic, partition)) {
+            Some(end) => Ok(*end),
+            None => super::topics::end(self, topic, partition),
+        }
+    }
+
+    /// Moves the end of a partition.
+    pub(super) fn set_end(&mut self, topic: i64, partition: u32, end: End) {
+        self.ends.insert((topic, partition), end);
+    }
+
+    /// Stores the ends that moved; a failure is the round's, which must not keep events that it did not count.
+    fn store_ends(&mut self) -> Result<()> {
+        if self.ends.is_empty() {
+            return Ok(());
+        }
+        let sql =
+            "UPDATE eventbus_partition SET next = ?3, last_stored = ?4 WHERE topic = ?1 AND partition = ?2";
+        let ends = std::mem::take(&mut self.ends);
+        let stored = self.connection.prepare_cached(sql).and_then(|mut update| {
+            ends.iter().try_for_each(|((topic, partition), end)| {
+                update.execute(params![topic, partition, end.next, end.last_stored]).map(drop)
+            })
+        });
+        self.is_broken |= stored.is_err();
+        stored.map_err(from_sqlite)
+    }
 }
 
 pub(super) enum Command {
@@ -157,7 +213,7 @@ impl Writer {
             let error = from_sqlite(error);
             return answer(jobs, || Err(error.duplicate()));
         }
-        let mut round = Round { connection, topics: HashMap::new(), news: false, max_pages, wall: &wall };
+        let mut round = Round::new(connection, max_pages, &wall);
         let mut finished: Vec<(Box<dyn Job>, Result<()>)> = Vec::with_capacity(jobs.len());
         let mut broken: Option<Error> = None;
         for mut job in jobs {
@@ -165,7 +221,14 @@ impl Writer {
                 finished.push((job, Err(error.duplicate())));
                 continue;
             }
-            let outcome = savepoint(&mut round, job.as_mut());
+            let outcome = if job.needs_savepoint() {
+                round.store_ends().and_then(|()| savepoint(&mut round, job.as_mut()))
+            } else {
+                job.run(&mut round)
+            };
+            if round.is_broken && !round.connection.is_autocommit() {
+                drop(round.connection.execute_batch("ROLLBACK"));
+            }
             if round.connection.is_autocommit() {
                 // SQLite gave up the whole transaction: what ran before is undone as well.
                 let error = match &outcome {
@@ -178,6 +241,12 @@ impl Writer {
             finished.push((job, outcome));
         }
         let news = round.news;
+        if broken.is_none()
+            && let Err(error) = round.store_ends()
+        {
+            drop(round.connection.execute_batch("ROLLBACK"));
+            broken = Some(error);
+        }
         let started = Instant::now();
         if broken.is_none() {
             broken = self.end_transaction();
