@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 /// Most lines of a file.
 const MAX_LINES: usize = 800;
 
-/// What a module of `eventbus` may not use: `(module, forbidden, why)`.
+/// What a module may not use: `(module, forbidden, why)`. Modules of `eventbus` by their place in it, others by
+/// their place in the workspace.
 const ARROWS: &[(&str, &[&str], &str)] = &[
     ("error.rs", &["crate::transport", "crate::bus", "crate::envelope"], "errors know nobody"),
     ("header.rs", &["crate::transport", "crate::bus", "crate::envelope"], "headers are below the envelope"),
@@ -48,6 +49,21 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
         &["crate::bus", "transport::memory", "transport::sqlite"],
         "the suite knows only the contract",
     ),
+    (
+        "cli/src/",
+        &["transport::memory", "transport::sqlite"],
+        "the command line knows addresses, not transports",
+    ),
+    (
+        "cli/src/out.rs",
+        &["crate::context", "crate::record", "crate::reader"],
+        "output knows forms, not records",
+    ),
+    ("cli/src/range.rs", &["crate::context", "crate::reader", "crate::out"], "ranges are below readers"),
+    ("cli/src/record.rs", &["crate::context", "crate::reader", "crate::out"], "records are below readers"),
+    ("examples/", &["transport::memory", "transport::sqlite"], "services know addresses, not transports"),
+    ("examples/eshop/src/contracts.rs", &["crate::shop", "crate::store"], "contracts know no service"),
+    ("examples/eshop/src/machine.rs", &["crate::shop", "crate::store", "eventbus::"], "the table is pure"),
 ];
 
 /// Crates whose types may stand in public signatures outside of a transport's own module.
@@ -99,8 +115,7 @@ fn no_file_is_longer_than_it_may_be() {
 fn arrows_point_one_way() {
     let wrong: Vec<_> = all_sources()
         .iter()
-        .filter_map(|(path, text)| Some((path.strip_prefix("eventbus/src/")?, text)))
-        .flat_map(|(path, text)| wrong_arrows(path, text))
+        .flat_map(|(path, text)| wrong_arrows(path.strip_prefix("eventbus/src/").unwrap_or(path), text))
         .collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
 }

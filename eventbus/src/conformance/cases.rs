@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use super::check::Violation;
 use super::cx::Cx;
-use super::{durability, groups, kill, order, power, publish, replay, settle, surface};
+use super::{durability, groups, kill, lease, order, power, publish, replay, retry, settle, surface};
 
 /// What a subject must let the suite do for a case to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -168,10 +168,12 @@ mod __case_modules {
     pub(super) use super::durability::*;
     pub(super) use super::groups::*;
     pub(super) use super::kill::*;
+    pub(super) use super::lease::*;
     pub(super) use super::order::*;
     pub(super) use super::power::*;
     pub(super) use super::publish::*;
     pub(super) use super::replay::*;
+    pub(super) use super::retry::*;
     pub(super) use super::settle::*;
     pub(super) use super::surface::*;
 }

@@ -31,10 +31,12 @@ mod subject;
 mod durability;
 mod groups;
 mod kill;
+mod lease;
 mod order;
 mod power;
 mod publish;
 mod replay;
+mod retry;
 mod settle;
 mod surface;
 
