@@ -153,8 +153,16 @@ pub(crate) struct ContextCommand {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Lists them; the default.
+    ///
+    /// Examples:
+    ///   eventctl context list
+    #[command(verbatim_doc_comment)]
     List,
     /// Adds one, or changes it.
+    ///
+    /// Examples:
+    ///   eventctl context add prod sqlite:///srv/shop.db --label PROD --protected
+    #[command(verbatim_doc_comment)]
     Add {
         /// Its name.
         name: String,
@@ -174,22 +182,38 @@ enum What {
         and_use: bool,
     },
     /// Chooses the one that is used where none is named.
+    ///
+    /// Examples:
+    ///   eventctl context use prod
+    #[command(verbatim_doc_comment)]
     Use {
         /// Its name; - is the one that was in use before.
         #[arg(allow_hyphen_values = true)]
         name: String,
     },
     /// Shows one: the one in use, if none is named.
+    ///
+    /// Examples:
+    ///   eventctl context show prod
+    #[command(verbatim_doc_comment)]
     Show {
         /// Its name.
         name: Option<String>,
     },
     /// Connects, and says how long that took. Exit code 6 if it fails.
+    ///
+    /// Examples:
+    ///   eventctl context test prod
+    #[command(verbatim_doc_comment)]
     Test {
         /// Its name; the one in use, if none is given.
         name: Option<String>,
     },
     /// Adds one that is like another.
+    ///
+    /// Examples:
+    ///   eventctl context copy prod prod-eu
+    #[command(verbatim_doc_comment)]
     Copy {
         /// The name of the one that is there.
         from: String,
@@ -197,10 +221,22 @@ enum What {
         to: String,
     },
     /// Opens the configuration in $VISUAL or $EDITOR, and checks it.
+    ///
+    /// Examples:
+    ///   eventctl context edit
+    #[command(verbatim_doc_comment)]
     Edit,
     /// Writes the name of the one in use, for a shell's prompt; nothing if there is none.
+    ///
+    /// Examples:
+    ///   eventctl context prompt
+    #[command(verbatim_doc_comment)]
     Prompt,
     /// Removes one.
+    ///
+    /// Examples:
+    ///   eventctl context rm prod-eu
+    #[command(verbatim_doc_comment)]
     Rm {
         /// Its name.
         name: String,
@@ -348,6 +384,12 @@ pub(crate) struct Session {
     care: Care,
 }
 
+/// The file of an embedded store.
+fn file_of(url: &str) -> Option<PathBuf> {
+    let url = eventbus::url::Url::parse(url).ok().filter(|url| url.scheme() == "sqlite")?;
+    Some(url.place().into())
+}
+
 /// What was said about writing.
 #[derive(Debug)]
 pub(crate) struct Care {
@@ -365,10 +407,9 @@ impl Session {
     /// # Errors
     /// Connect: the transport cannot be reached.
     pub(crate) async fn open(creates: bool, name: String, context: Context, care: Care) -> Outcome<Self> {
-        let file = context.url.strip_prefix("sqlite://").and_then(|rest| rest.split('?').next());
-        if let Some(file) =
-            file.filter(|file| !creates && !file.is_empty() && !std::path::Path::new(file).exists())
-        {
+        let file = file_of(&context.url).filter(|file| !creates && !file.as_os_str().is_empty());
+        if let Some(file) = file.filter(|file| !file.exists()) {
+            let file = file.display();
             return Err(Failure::Connect(format!(
                 "there is no file {file}; publish and topic create make one"
             )));
@@ -389,8 +430,7 @@ impl Session {
 
     /// Returns the file of an embedded store.
     pub(crate) fn file(&self) -> Option<std::path::PathBuf> {
-        let path = self.context.url.strip_prefix("sqlite://")?.split('?').next()?;
-        Some(path.into())
+        file_of(&self.context.url)
     }
 
     /// Returns the administration.

@@ -44,6 +44,11 @@ enum By {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Lists the letters that are not redriven or resolved.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db dlq list --group-by reason
+    ///   eventctl -c sqlite://shop.db dlq list --parked-keys
+    #[command(verbatim_doc_comment)]
     List {
         /// Lists the keys that wait for an operator instead.
         #[arg(long, conflicts_with = "group_by")]
@@ -58,11 +63,21 @@ enum What {
         filter: Filter,
     },
     /// Shows one letter whole.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db dlq show orders.dlq/3@0
+    #[command(verbatim_doc_comment)]
     Show {
         /// Its place: topic.dlq/partition@offset.
         reference: String,
     },
     /// Publishes letters again: by default only for the handler that failed.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db dlq redrive orders.dlq/3@0 --execute
+    ///   eventctl -c sqlite://shop.db dlq redrive --reason payment.timeout --execute
+    ///   eventctl -c sqlite://shop.db dlq redrive --sequence order-17 --execute
+    #[command(verbatim_doc_comment)]
     Redrive {
         /// Places of letters; without, the filters choose.
         #[arg(conflicts_with = "sequence")]
@@ -94,6 +109,10 @@ enum What {
         execute: bool,
     },
     /// Closes letters without running them again.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db dlq resolve orders.dlq/3@0 --reason 'paid by hand' --execute
+    #[command(verbatim_doc_comment)]
     Resolve {
         /// Places of letters.
         #[arg(required_unless_present = "sequence", conflicts_with = "sequence")]
@@ -201,12 +220,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
         What::Show { reference } => {
             let (topic, record) = record_at(session, reference).await?;
             let json = record::to_json(&session.broker, &topic, &record, None);
-            let text = if out.format().is_for_people() {
-                serde_json::to_string_pretty(&json).map_err(|error| Failure::Runtime(error.to_string()))?
-            } else {
-                json.to_string()
-            };
-            out.line(text)?;
+            out.document(&json)?;
             say!("next: eventctl dlq redrive {reference} --execute");
             Ok(())
         }

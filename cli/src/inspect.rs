@@ -30,28 +30,49 @@ pub(crate) struct Inspect {
 #[derive(Debug, Subcommand)]
 enum What {
     /// All topics.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect topics -o table
+    #[command(verbatim_doc_comment)]
     Topics {
         /// With the framework's own: parking logs, inboxes, notes of tools.
         #[arg(long)]
         internal: bool,
     },
     /// One topic, by partition.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect topic orders
+    #[command(verbatim_doc_comment)]
     Topic {
         /// Its name.
         topic: Topic,
     },
     /// All groups, by topic.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect groups --columns group,topic,lag
+    #[command(verbatim_doc_comment)]
     Groups {
         /// With the marks of parking logs.
         #[arg(long)]
         internal: bool,
     },
     /// One group, by topic and partition.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect group billing
+    #[command(verbatim_doc_comment)]
     Group {
         /// Its name.
         group: Group,
     },
     /// How far groups are behind; exit code 7 on a breach.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect lag --crit 1000 --max-age 5m
+    ///   eventctl -c sqlite://shop.db inspect lag --format prometheus
+    #[command(verbatim_doc_comment)]
     Lag {
         /// Only this group.
         group: Option<Group>,
@@ -69,6 +90,10 @@ enum What {
         format: LagFormat,
     },
     /// One record.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inspect message orders/3@88
+    #[command(verbatim_doc_comment)]
     Message {
         /// Its place: topic/partition@offset.
         reference: String,
@@ -176,12 +201,7 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
         What::Message { reference } => {
             let (topic, record) = record_at(session, reference).await?;
             let json = record::to_json(&session.broker, &topic, &record, None);
-            if out.format().is_for_people() {
-                let pretty = serde_json::to_string_pretty(&json)
-                    .map_err(|error| Failure::Runtime(error.to_string()))?;
-                return out.line(pretty);
-            }
-            out.line(json)
+            out.document(&json)
         }
     }
 }

@@ -72,6 +72,9 @@ struct Cli {
     /// Whether the names of columns are set off; NO_COLOR and TERM=dumb are heard.
     #[arg(long, global = true, value_enum, default_value = "auto", value_name = "WHEN")]
     color: Color,
+    /// As --color never.
+    #[arg(long, global = true, conflicts_with = "color")]
+    no_color: bool,
     /// How far long work has come, on standard error.
     #[arg(long, global = true, value_enum, default_value = "auto", value_name = "FORM")]
     progress: Style,
@@ -106,19 +109,35 @@ enum Command {
     Tail(tail::Tail),
     Inspect(inspect::Inspect),
     /// Shows what the transport can do.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db capabilities
+    #[command(verbatim_doc_comment)]
     Capabilities,
     Replay(replay::Replay),
     Dlq(dlq::Dlq),
     Topic(topic::TopicCommand),
     /// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db doctor -o table
+    #[command(verbatim_doc_comment)]
     Doctor,
     Context(context::ContextCommand),
     /// Writes a completion script.
+    ///
+    /// Examples:
+    ///   eventctl completions bash > ~/.local/share/bash-completion/completions/eventctl
+    #[command(verbatim_doc_comment)]
     Completions {
         /// For which shell.
         shell: clap_complete::Shell,
     },
     /// Shows the version.
+    ///
+    /// Examples:
+    ///   eventctl version -o json
+    #[command(verbatim_doc_comment)]
     Version,
 }
 
@@ -156,13 +175,17 @@ async fn main() -> ExitCode {
 }
 
 impl Cli {
+    fn color(&self) -> Color {
+        if self.no_color { Color::Never } else { self.color }
+    }
+
     fn progress(&self) -> Style {
         if self.quiet { Style::None } else { self.progress }
     }
 }
 
 async fn run(cli: &Cli) -> Outcome {
-    let mut out = Out::new(cli.output, cli.columns.clone(), !cli.no_headers, cli.color);
+    let mut out = Out::new(cli.output, cli.columns.clone(), !cli.no_headers, cli.color());
     match &cli.command {
         Command::Version => {
             let version = json!({"eventctl": env!("CARGO_PKG_VERSION"), "transports": transports()});

@@ -76,13 +76,14 @@ pub(crate) struct Out {
     /// Whether the line of names is still to be written.
     heads: bool,
     bold: bool,
+    n_records: u64,
     lock: std::io::StdoutLock<'static>,
 }
 
 impl Out {
     /// Opens standard output.
     pub(crate) fn new(format: Format, columns: Option<Vec<String>>, heads: bool, color: Color) -> Self {
-        Self { format, columns, heads, bold: color.is_wanted(), lock: std::io::stdout().lock() }
+        Self { format, columns, heads, bold: color.is_wanted(), n_records: 0, lock: std::io::stdout().lock() }
     }
 
     /// The form asked for.
@@ -104,8 +105,14 @@ impl Out {
     /// # Errors
     /// The reader has gone.
     pub(crate) fn record(&mut self, record: Value) -> Outcome {
+        self.n_records += 1;
         match (self.format.resolved(), record) {
             (Format::None, _) => Ok(()),
+            // One document: the list is closed by `end`.
+            (Format::Json, record) => {
+                let before = if self.n_records == 1 { '[' } else { ',' };
+                self.line(format_args!("{before}{record}"))
+            }
             (Format::Yaml, Value::Object(fields)) => {
                 self.line("---")?;
                 fields.iter().try_for_each(|(name, value)| self.line(format_args!("{name}: {value}")))
@@ -117,6 +124,33 @@ impl Out {
                 self.line(fields.values().map(|value| quoted(&cell(value))).collect::<Vec<_>>().join(","))
             }
             (_, record) => self.line(record),
+        }
+    }
+
+    /// Writes one record alone: for people spread over lines.
+    ///
+    /// # Errors
+    /// The reader has gone.
+    pub(crate) fn document(&mut self, record: &Value) -> Outcome {
+        match self.format.resolved() {
+            Format::Table => {
+                let text = serde_json::to_string_pretty(record);
+                self.line(text.map_err(|error| crate::exit::Failure::Runtime(error.to_string()))?)
+            }
+            Format::Json | Format::Jsonl => self.line(record),
+            _ => self.record(record.clone()),
+        }
+    }
+
+    /// Ends a list of records.
+    ///
+    /// # Errors
+    /// The reader has gone.
+    pub(crate) fn end(&mut self) -> Outcome {
+        match (self.format.resolved(), self.n_records) {
+            (Format::Json, 0) => self.line("[]"),
+            (Format::Json, _) => self.line("]"),
+            _ => Ok(()),
         }
     }
 

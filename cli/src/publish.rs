@@ -132,6 +132,11 @@ impl Publish {
         }
         for header in &self.headers {
             let (name, value) = pair(header)?;
+            if eventbus::header::is_reserved(name) {
+                return Err(Failure::Usage(format!(
+                    "the header {name} is reserved: publishing would drop it"
+                )));
+            }
             event = event.with_header(name, value);
         }
         for extension in &self.extensions {

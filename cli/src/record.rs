@@ -65,16 +65,21 @@ pub(crate) fn reference(topic: &Topic, record: &Record) -> String {
     format!("{topic}/{}@{}", record.partition, record.offset)
 }
 
-/// Every attribute and header in wire form.
-fn headers(envelope: &Envelope) -> Vec<(String, Vec<u8>)> {
-    let mut headers: Vec<(String, Vec<u8>)> = vec![
-        ("ce_specversion".into(), b"1.0".to_vec()),
-        ("ce_id".into(), envelope.id().to_string().into_bytes()),
-        ("ce_source".into(), envelope.source().into()),
-        ("ce_type".into(), envelope.event_type().into()),
+/// Whether a name in wire form is that of an attribute.
+fn is_attribute(name: &str) -> bool {
+    name.starts_with("ce_") || name.starts_with("evt-") || name == "content-type"
+}
+
+/// Every attribute and header in wire form, and whether it is a header of the user.
+fn headers(envelope: &Envelope) -> Vec<(String, Vec<u8>, bool)> {
+    let mut headers: Vec<(String, Vec<u8>, bool)> = vec![
+        ("ce_specversion".into(), b"1.0".to_vec(), false),
+        ("ce_id".into(), envelope.id().to_string().into_bytes(), false),
+        ("ce_source".into(), envelope.source().into(), false),
+        ("ce_type".into(), envelope.event_type().into(), false),
     ];
     let mut put = |name: &str, value: Option<String>| {
-        headers.extend(value.map(|value| (name.to_owned(), value.into_bytes())))
+        headers.extend(value.map(|value| (name.to_owned(), value.into_bytes(), false)))
     };
     put("ce_dataversion", envelope.version().map(|version| version.to_string()));
     put("ce_subject", envelope.subject().map(str::to_owned));
@@ -83,9 +88,9 @@ fn headers(envelope: &Envelope) -> Vec<(String, Vec<u8>)> {
     put("content-type", envelope.content_type().map(str::to_owned));
     for (name, value) in envelope.extensions() {
         let name = if name.starts_with("evt-") { name.to_owned() } else { format!("ce_{name}") };
-        headers.push((name, value.to_vec()));
+        headers.push((name, value.to_vec(), false));
     }
-    headers.extend(envelope.headers().iter().map(|(name, value)| (name.to_owned(), value.to_vec())));
+    headers.extend(envelope.headers().iter().map(|(name, value)| (name.to_owned(), value.to_vec(), true)));
     headers
 }
 
@@ -96,7 +101,8 @@ pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: O
             (headers(envelope), envelope.payload().cloned(), envelope.key().cloned(), Value::Null)
         }
         Content::Undecodable(bad) => {
-            let raw = bad.headers.iter().map(|(name, value)| (name.to_owned(), value.to_vec())).collect();
+            let raw =
+                bad.headers.iter().map(|(name, value)| (name.to_owned(), value.to_vec(), true)).collect();
             (raw, bad.raw.clone(), None, Value::String(bad.reason.clone()))
         }
         _ => (Vec::new(), None, None, Value::String("content of a newer kind".into())),
@@ -106,15 +112,21 @@ pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: O
     let truncated = shown.as_ref().is_some_and(|shown| shown.len() < size);
     let ce: serde_json::Map<String, Value> = found
         .iter()
-        .filter_map(|(name, value)| {
+        .filter(|(.., of_user)| !of_user)
+        .filter_map(|(name, value, _)| {
             Some((name.strip_prefix("ce_")?.to_owned(), Value::String(coded(value).0)))
         })
         .collect();
     let listed: Vec<Value> = found
         .iter()
-        .map(|(name, value)| {
+        .map(|(name, value, of_user)| {
             let (data, enc) = coded(value);
-            json!([name, data, enc])
+            // A header of the user that has the name of an attribute says so, or it would become one.
+            if *of_user && is_attribute(name) {
+                json!([name, data, enc, "header"])
+            } else {
+                json!([name, data, enc])
+            }
         })
         .collect();
     json!({
@@ -148,7 +160,7 @@ pub(crate) fn from_json(record: &Value) -> Outcome<Envelope> {
     for header in record["headers"].as_array().map(Vec::as_slice).unwrap_or_default() {
         let name = header[0].as_str().ok_or_else(|| bad("a header is [name, data, encoding]".into()))?;
         let value = uncoded(header[2].as_str(), &header[1])?;
-        if name.starts_with("ce_") || name.starts_with("evt-") || name == "content-type" {
+        if is_attribute(name) && header[3] != "header" {
             attributes.push((name.to_owned(), value));
         } else {
             user = user.with(name, value);
@@ -223,6 +235,8 @@ mod tests {
             .with_header("twice", "1")
             .with_header("twice", [0xff, 0])
             .with_header("empty", "")
+            .with_header("content-type", "the user's own")
+            .with_header("ce_id", "not the id")
             .with_payload("{\"a\":1}");
         let spaced = full.clone().with_payload("{ \"b\" : 1.0, \"a\": 2 }");
         let binary = full.clone().with_payload(vec![0u8, 159, 146, 150]);

@@ -38,6 +38,10 @@ pub(crate) struct Replay {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Counts what would be published; writes nothing.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db replay plan orders --range @-1h:end --to orders.replay -O plan.json
+    #[command(verbatim_doc_comment)]
     Plan {
         #[command(flatten)]
         flags: Flags,
@@ -46,6 +50,12 @@ enum What {
         plan_out: Option<PathBuf>,
     },
     /// Publishes.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db replay run plan.json --rate 200/s --verify --execute
+    ///   eventctl -c sqlite://shop.db replay run orders --to orders.fixed --where '.value.data.amount < 0' --edit '.value.data.amount = 0' --execute
+    ///   eventctl -c sqlite://shop.db replay run --resume rp_0190… --execute
+    #[command(verbatim_doc_comment)]
     Run {
         #[command(flatten)]
         flags: Flags,

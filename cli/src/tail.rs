@@ -111,7 +111,7 @@ pub(crate) async fn run(session: &Session, tail: &Tail, time: Time, out: &mut Ou
             writer.write(&topic, &record)?;
             n_written += 1;
             if tail.max.is_some_and(|max| n_written >= max) {
-                return Ok(());
+                return writer.end();
             }
         }
         if !tail.follow {
@@ -123,8 +123,7 @@ pub(crate) async fn run(session: &Session, tail: &Tail, time: Time, out: &mut Ou
     let keep = tail.max.map_or(tail.n, |max| max.min(tail.n)) as usize;
     let skip = last.len().saturating_sub(keep);
     last.iter().skip(skip).try_for_each(|(topic, record)| writer.write(topic, record))?;
-    writer.unfit.tell();
-    Ok(())
+    writer.end()
 }
 
 /// Records that a jq filter could not be run on: they are told and passed over.
@@ -199,6 +198,12 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    fn end(&mut self) -> Outcome {
+        self.unfit.tell();
+        // Lines in a form of one's own are no list.
+        if self.select.is_some() || self.tail.format.is_some() { Ok(()) } else { self.out.end() }
+    }
+
     fn write(&mut self, topic: &Topic, record: &Record) -> Outcome {
         let tail = self.tail;
         if let Some(folder) = &tail.save {

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use eventbus::{Topic, TopicSpec};
+use serde_json::json;
 
+use crate::audit;
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::say;
@@ -26,6 +28,10 @@ pub(crate) struct TopicCommand {
 #[derive(Debug, Subcommand)]
 enum What {
     /// Creates a topic, or verifies that it is as declared.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db topic create orders --partitions 8 --retention 7d --if-not-exists
+    #[command(verbatim_doc_comment)]
     Create {
         /// Its name.
         topic: Topic,
@@ -43,6 +49,10 @@ enum What {
         if_not_exists: bool,
     },
     /// Deletes a topic with its events and its groups' positions.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db topic delete orders.replay --execute --confirm orders.replay
+    #[command(verbatim_doc_comment)]
     Delete {
         /// Its name.
         topic: Topic,
@@ -51,6 +61,10 @@ enum What {
         execute: bool,
     },
     /// Removes events, whoever still wants them.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db topic purge orders --before @-30d --execute --confirm orders
+    #[command(verbatim_doc_comment)]
     Purge {
         /// Its name.
         topic: Topic,
@@ -109,6 +123,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
             }
             session.may_destroy("topic", topic.as_str())?;
             admin.delete_topic(topic).await?;
+            audit::note(session, "delete", json!({"topic": topic.as_str(), "events": kept})).await?;
             say!("deleted {topic} with {kept} events");
             Ok(())
         }
@@ -124,6 +139,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
             for span in spans {
                 removed += admin.purge(topic, span.partition, span.to).await?;
             }
+            audit::note(session, "purge", json!({"topic": topic.as_str(), "events": removed})).await?;
             say!("removed {removed} events of {topic}");
             Ok(())
         }

@@ -68,7 +68,7 @@ pub use self::backoff::Retry;
 pub use self::batch::{Batch, BatchHandler, IntoOutcomes, Item, Outcomes};
 pub use self::bus::{Bus, TypedPublisher, connect};
 pub use self::capability::Capabilities;
-pub use self::driver::{Counts, Health, HeldKey, Monitor, ParkedKeys, Running, shutdown_signal};
+pub use self::driver::{Counts, Health, HealthState, HeldKey, Monitor, ParkedKeys, Running, shutdown_signal};
 pub use self::envelope::Envelope;
 pub use self::error::{Class, Error, ErrorKind, Result};
 pub use self::event::{Command, Event, Message};

@@ -308,15 +308,25 @@ impl Service<()> {
         Ok(running)
     }
 
-    /// Runs until SIGTERM or Ctrl-C, then drains.
+    /// Runs until SIGTERM or Ctrl-C, then drains. A second signal ends it at once: what is in hand is redelivered.
     ///
     /// # Errors
-    /// As [`start`](Self::start), or what ended a subscription.
+    /// As [`start`](Self::start), what ended a subscription, or [`Timeout`](ErrorKind::Timeout) where it was not
+    /// drained.
+    ///
+    /// # Cancellation
+    /// Stops without draining; what was in hand is redelivered.
     pub async fn run(self, bus: &Bus) -> Result<()> {
         let shutdown = driver::shutdown_signal();
         let mut running = self.start(bus).await?;
         tokio::select! {
-            () = shutdown => running.stop().await,
+            () = shutdown => {
+                let again = driver::shutdown_signal();
+                tokio::select! {
+                    stopped = running.stop() => stopped,
+                    () = again => Err(Error::new(ErrorKind::Timeout, "a second signal came before it was drained")),
+                }
+            }
             error = running.failed() => {
                 // The others finish what they hold; the first failure is the one to tell.
                 if let Err(later) = running.stop().await {

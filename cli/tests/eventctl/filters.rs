@@ -148,3 +148,43 @@ fn contexts_are_shown_tested_copied_and_edited() {
     assert_eq!(edit("false").0, 1);
     assert_eq!(shell.told(&["context", "show", "four"]).0, 0);
 }
+
+#[test]
+fn one_record_takes_every_form() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[1, 2]);
+    let place = shell.lines(&["tail", "orders", "-n", "1"])[0]["ref"].as_str().unwrap().to_owned();
+    let show = |form: &str| shell.ok(&["inspect", "message", &place, "-o", form]);
+    assert!(show("yaml").starts_with("---\n") && show("csv").lines().count() == 2);
+    assert_eq!((show("none").as_str(), show("jsonl").lines().count()), ("", 1));
+    assert!(show("table").lines().count() > 5);
+    let list: serde_json::Value = serde_json::from_str(&shell.ok(&["tail", "orders", "-o", "json"])).unwrap();
+    assert_eq!(list.as_array().unwrap().len(), 2);
+    assert_eq!(shell.ok(&["tail", "orders", "--key", "nobody", "-o", "json"]), "[]\n");
+}
+
+#[test]
+fn what_would_be_dropped_is_refused_and_places_may_have_spaces() {
+    let shell = Shell::new();
+    for reserved in ["evt-x=1", "Nats-Msg-Id=1"] {
+        let (code, stderr) = shell.code(&["publish", "orders", "{}", "-H", reserved]);
+        assert!(code == 2 && stderr.contains("reserved"), "{code} {stderr}");
+    }
+    let url = shell.url("with%20space");
+    shell.ok(&["-c", &url, "publish", "orders", "{}"]);
+    assert!(shell.folder().join("with space.db").exists());
+    assert_eq!(shell.ok(&["-c", &url, "tail", "orders"]).lines().count(), 1);
+    assert_eq!(shell.told(&["-c", &url, "doctor"]).0, 0);
+}
+
+#[test]
+fn what_destroys_is_in_the_audit() {
+    let shell = Shell::new();
+    amounts(&shell, "orders", &[1, 2]);
+    shell.ok(&["topic", "purge", "orders", "--execute", "--confirm", "orders"]);
+    shell.ok(&["topic", "delete", "orders", "--execute", "--confirm", "orders"]);
+    let notes = shell.lines(&["tail", "_evt.audit"]);
+    let said: Vec<_> = notes.iter().map(|note| &note["value"]["data"]).collect();
+    assert_eq!((&said[0]["action"], &said[0]["details"]["events"]), (&"purge".into(), &2.into()));
+    assert_eq!((&said[1]["action"], &said[1]["details"]["topic"]), (&"delete".into(), &"orders".into()));
+}

@@ -228,33 +228,44 @@ fn doctor_and_capabilities_answer() {
 /// The help of every command is checked in; a change shows in review. UPDATE_HELP=1 rewrites it.
 #[test]
 fn help_pages_are_as_checked_in() {
-    let shell = Shell::new();
     let mut page = String::new();
-    for command in [
-        vec!["--help"],
-        vec!["publish", "--help"],
-        vec!["tail", "--help"],
-        vec!["inspect", "--help"],
-        vec!["replay", "--help"],
-        vec!["replay", "run", "--help"],
-        vec!["dlq", "--help"],
-        vec!["dlq", "redrive", "--help"],
-        vec!["topic", "--help"],
-        vec!["topic", "create", "--help"],
-    ] {
-        let output = shell.command(&command).output().unwrap();
-        assert!(output.status.success());
-        page += &format!("# eventctl {}\n{}\n", command.join(" "), text(&output.stdout));
-    }
+    help(&Shell::new(), &mut Vec::new(), &mut page);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/help.txt");
     if std::env::var_os("UPDATE_HELP").is_some() {
         std::fs::write(&path, &page).unwrap();
     }
-    assert_eq!(
-        page,
-        std::fs::read_to_string(&path).unwrap_or_default(),
-        "run with UPDATE_HELP=1 if the change is meant"
+    let known = std::fs::read_to_string(&path).unwrap_or_default();
+    let differs = page.lines().zip(known.lines()).find(|(now, before)| now != before);
+    assert!(
+        differs.is_none() && page.len() == known.len(),
+        "run with UPDATE_HELP=1 if the change is meant: {differs:?}"
     );
+}
+
+/// Writes the page of a command and those below it. What is global is on the first page alone.
+fn help(shell: &Shell, command: &mut Vec<String>, page: &mut String) {
+    let arguments: Vec<&str> = command.iter().map(String::as_str).chain(["--help"]).collect();
+    let output = shell.command(&arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}");
+    let all = text(&output.stdout);
+    let own = all.split("\nGlobal options:").next().unwrap();
+    assert!(
+        command.is_empty() || own.contains("Examples:") || own.contains("Commands:"),
+        "{command:?} shows no example"
+    );
+    page.push_str(&format!(
+        "# eventctl {}\n{}\n",
+        arguments.join(" "),
+        if command.is_empty() { &all } else { own }
+    ));
+    let commands = own.split("\nCommands:\n").nth(1).and_then(|rest| rest.split("\n\n").next());
+    for line in commands.unwrap_or_default().lines() {
+        if let Some(name) = line.strip_prefix("  ").filter(|line| !line.starts_with(' ')) {
+            command.push(name.split_whitespace().next().unwrap().to_owned());
+            help(shell, command, page);
+            command.pop();
+        }
+    }
 }
 
 /// What was read before a broken line is stored and counted; a reader of receipts that leaves stops nothing.

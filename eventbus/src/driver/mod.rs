@@ -71,21 +71,49 @@ impl std::ops::AddAssign for Counts {
     }
 }
 
-/// How a service is.
+/// How one subscription of a service is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Health {
+pub struct Health {
+    /// The topic.
+    pub topic: Topic,
+    /// The group.
+    pub group: Group,
+    /// How it is.
+    pub state: HealthState,
+}
+
+/// What a subscription does now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum HealthState {
     /// It takes and handles events.
     Running,
-    /// It holds back or tries again.
+    /// It goes on as far as it can, and tries again what fails.
     Degraded {
-        /// The topic.
-        topic: Topic,
-        /// The group.
-        group: Group,
-        /// Why.
+        /// What fails.
         reason: &'static str,
     },
+    /// It takes no more events until what it waits for is there.
+    Paused {
+        /// What it waits for.
+        reason: &'static str,
+    },
+}
+
+impl Health {
+    /// Tells whether nothing is wrong.
+    pub fn is_running(&self) -> bool {
+        self.state == HealthState::Running
+    }
+
+    /// Returns what is wrong, if anything is.
+    pub fn reason(&self) -> Option<&'static str> {
+        match self.state {
+            HealthState::Running => None,
+            HealthState::Degraded { reason } | HealthState::Paused { reason } => Some(reason),
+        }
+    }
 }
 
 /// A service at work. Dropping it stops the work without draining; what was in hand is redelivered.

@@ -116,7 +116,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
             }
             () = subscribed.silence.broken() => {
                 leaving.clear();
-                if !rejoin(subscribed, &*consumer, stop).await {
+                if !rejoin(subscribed, &*consumer, stop).await? {
                     return Ok(());
                 }
                 continue;
@@ -185,7 +185,11 @@ fn lose(subscribed: &Subscribed, partitions: &[PartitionId]) {
 }
 
 /// Gives a consumer up and joins the group again. Returns whether to go on.
-async fn rejoin(subscribed: &Subscribed, silent: &dyn Consumer, stop: &mut watch::Receiver<bool>) -> bool {
+async fn rejoin(
+    subscribed: &Subscribed,
+    silent: &dyn Consumer,
+    stop: &mut watch::Receiver<bool>,
+) -> Result<bool> {
     lose(subscribed, &subscribed.silence.leave_all());
     let joining = async {
         if let Err(error) = silent.close((Instant::now() + MAX_PAUSE).into_std()).await {
@@ -193,16 +197,20 @@ async fn rejoin(subscribed: &Subscribed, silent: &dyn Consumer, stop: &mut watch
         }
         let mut pause = PAUSE;
         while let Err(error) = subscribed.join_again().await {
+            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Closed) {
+                return Err(error);
+            }
             subscribed.polling_fails.store(true, Atomic::Relaxed);
             tracing::warn!(%error, topic = %subscribed.topic, group = %subscribed.group, "joining again failed; trying again");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
+        Ok(true)
     };
     tokio::select! {
         biased;
-        () = async { drop(stop.wait_for(|stop| *stop).await) } => false,
-        () = joining => true,
+        () = async { drop(stop.wait_for(|stop| *stop).await) } => Ok(false),
+        joined = joining => joined,
     }
 }
 
@@ -251,6 +259,8 @@ async fn gain(
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
         }
+        // Loading took its time, in which nothing could be heard.
+        subscribed.silence.expect_after(Duration::ZERO);
     }
     Ok(true)
 }

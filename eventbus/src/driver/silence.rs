@@ -25,11 +25,18 @@ pub(super) struct Silence {
     is_silent: AtomicBool,
 }
 
+/// No expected delay grows beyond this.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
 #[derive(Debug)]
 struct State {
     /// Nothing was to be expected before this.
     since: Instant,
     owned: BTreeSet<PartitionId>,
+    /// The silence for which the consumer is to be given up.
+    given_up: Option<Instant>,
+    /// How often that was in vain: a delay that another process asked for may be longer than ours.
+    n_in_vain: u32,
 }
 
 impl Silence {
@@ -39,7 +46,12 @@ impl Silence {
         Self {
             after,
             longest_delay,
-            state: Mutex::new(State { since: Instant::now(), owned: BTreeSet::new() }),
+            state: Mutex::new(State {
+                since: Instant::now(),
+                owned: BTreeSet::new(),
+                given_up: None,
+                n_in_vain: 0,
+            }),
             broken: Notify::new(),
             is_silent: AtomicBool::new(false),
         }
@@ -48,6 +60,7 @@ impl Silence {
     /// Something was delivered.
     pub(super) fn heard(&self) {
         self.is_silent.store(false, Atomic::Relaxed);
+        self.state.lock().n_in_vain = 0;
         self.expect_after(Duration::ZERO);
     }
 
@@ -59,8 +72,12 @@ impl Silence {
     }
 
     pub(super) fn gained(&self, partitions: &[PartitionId]) {
-        self.state.lock().owned.extend(partitions);
-        self.expect_after(self.longest_delay);
+        let n_in_vain = {
+            let mut state = self.state.lock();
+            state.owned.extend(partitions);
+            state.n_in_vain.min(16)
+        };
+        self.expect_after((self.longest_delay * 2u32.pow(n_in_vain)).min(LONGEST));
     }
 
     pub(super) fn left(&self, partitions: &[PartitionId]) {
@@ -77,9 +94,16 @@ impl Silence {
         self.is_silent.load(Atomic::Relaxed)
     }
 
-    /// Waits until the consumer is to be given up.
+    /// Waits until the consumer is to be given up, unless something changed since that was decided.
     pub(super) async fn broken(&self) {
-        self.broken.notified().await;
+        loop {
+            self.broken.notified().await;
+            let mut state = self.state.lock();
+            if state.given_up.take() == Some(state.since) {
+                state.n_in_vain += 1;
+                return;
+            }
+        }
     }
 }
 
@@ -90,22 +114,26 @@ pub(super) async fn watch(subscribed: &Subscribed) {
     loop {
         tokio::time::sleep(silence.after / 2).await;
         let since = silence.state.lock().since;
-        if !subscribed.books.is_empty() || since.elapsed() < silence.after / 2 {
+        let is_idle = || subscribed.books.is_empty() && silence.state.lock().since == since;
+        let is_quiet = is_idle() && since.elapsed() >= silence.after / 2;
+        if !is_quiet && !silence.is_silent() {
             seen = None;
             continue;
         }
         // What cannot be asked is told elsewhere.
         let Ok(n_waiting) = lag(subscribed).await else { continue };
         if n_waiting == 0 {
+            // Nothing is missed, whoever took it.
+            silence.is_silent.store(false, Atomic::Relaxed);
             seen = None;
-        } else if seen.replace(since) == Some(since) {
+        } else if is_quiet && is_idle() && seen.replace(since) == Some(since) {
             tracing::warn!(
                 n_waiting, topic = %subscribed.topic, group = %subscribed.group,
                 "events wait and nothing is delivered: joining again"
             );
             silence.is_silent.store(true, Atomic::Relaxed);
+            silence.state.lock().given_up = Some(since);
             silence.broken.notify_one();
-            silence.expect_after(Duration::ZERO);
             seen = None;
         }
     }

@@ -16,7 +16,7 @@ use super::layers::rate::Rate;
 use super::parked::Parked;
 use super::parked::record::Sequence;
 use super::silence::Silence;
-use super::{Counts, Health};
+use super::{Counts, Health, HealthState};
 use crate::bus::Bus;
 use crate::capability::{Capabilities, Lease, Ordering, Replay};
 use crate::envelope::Envelope;
@@ -276,18 +276,17 @@ impl Subscribed {
     }
 
     pub(crate) fn health(&self) -> Health {
-        let reason = if self.breaker.is_open() {
-            "handlers of many keys fail: waiting for a probe to succeed"
+        let degraded = |reason| HealthState::Degraded { reason };
+        let state = if self.breaker.is_open() {
+            HealthState::Paused { reason: "handlers of many keys fail: waiting for a probe to succeed" }
         } else if self.polling_fails.load(Atomic::Relaxed) {
-            "the transport fails: trying again"
+            degraded("the transport fails: trying again")
         } else if self.silence.is_silent() {
-            "events wait and nothing is delivered: joined again"
-        } else if let Some(reason) = self.parked.as_ref().and_then(Parked::ails) {
-            reason
+            degraded("events wait and nothing is delivered: joined again")
         } else {
-            return Health::Running;
+            self.parked.as_ref().and_then(Parked::ails).map_or(HealthState::Running, degraded)
         };
-        Health::Degraded { topic: self.topic.clone(), group: self.group.clone(), reason }
+        Health { topic: self.topic.clone(), group: self.group.clone(), state }
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -344,8 +343,8 @@ fn parking(
         None if can_log && keyed => Followers::Hold,
         None => Followers::Skip,
     };
-    let logs = can_log && (waits == Waits::Log || followers == Followers::Hold);
-    Ok((waits, followers, logs))
+    // Also where nothing is parked: what was begun before a process ended is noted there.
+    Ok((waits, followers, can_log))
 }
 
 impl Watched for Subscribed {

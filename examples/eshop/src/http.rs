@@ -7,7 +7,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use eventbus::{Bus, Error, ErrorKind, Health, Monitor};
+use eventbus::{Bus, Error, ErrorKind, HealthState, Monitor};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -59,25 +59,23 @@ pub async fn serve(listener: tokio::net::TcpListener, bus: Bus, shop: Shop, serv
     }
 }
 
-/// Says whether every subscription of this process runs, and which does not and why.
+/// Says of every subscription of this process whether it runs, and why not.
 async fn health(State(door): State<Door>) -> Response {
-    let ill: Vec<_> = door
-        .services
-        .iter()
-        .flat_map(Monitor::health)
-        .filter_map(|health| match health {
-            Health::Degraded { topic, group, reason } => {
-                Some(json!({"topic": topic.as_str(), "group": group.as_str(), "reason": reason}))
-            }
-            _ => None,
-        })
-        .collect();
-    let (status, word) = if ill.is_empty() {
-        (StatusCode::OK, "running")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "degraded")
+    let all: Vec<_> = door.services.iter().flat_map(Monitor::health).collect();
+    let word = |state| match state {
+        HealthState::Running => "running",
+        HealthState::Paused { .. } => "paused",
+        _ => "degraded",
     };
-    (status, Json(json!({"status": word, "subscriptions": ill}))).into_response()
+    let rows = all.iter().map(|health| {
+        json!({"topic": health.topic.as_str(), "group": health.group.as_str(), "state": word(health.state),
+        "reason": health.reason()})
+    });
+    let rows: Vec<_> = rows.collect();
+    let ill = all.iter().find(|health| !health.is_running());
+    let status = if ill.is_some() { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    let whole = ill.map_or("running", |health| word(health.state));
+    (status, Json(json!({"status": whole, "subscriptions": rows}))).into_response()
 }
 
 fn problem(status: StatusCode, text: impl std::fmt::Display) -> Response {

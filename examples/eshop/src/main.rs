@@ -180,7 +180,8 @@ fn read_orders(path: Option<&Path>) -> eventbus::Result<OrdersFile> {
 
 /// The services' tables live beside the bus's file: two writers do not queue for one lock.
 fn tables_beside(bus: &str) -> Option<PathBuf> {
-    let place = bus.strip_prefix("sqlite://")?.split('?').next()?;
+    let url = eventbus::url::Url::parse(bus).ok().filter(|url| url.scheme() == "sqlite")?;
+    let place = url.place();
     Some(PathBuf::from(format!("{}-services.db", place.strip_suffix(".db").unwrap_or(place))))
 }
 
@@ -223,7 +224,7 @@ async fn start(bus: &Bus, shop: &Shop, names: &[String]) -> eventbus::Result<Vec
 }
 
 /// Shows progress until every order is settled.
-async fn watch(shop: &Shop, n_orders: u64) -> eventbus::Result<()> {
+async fn watch(shop: &Shop, mut n_orders: u64) -> eventbus::Result<()> {
     let bar = indicatif::ProgressBar::new(n_orders);
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
@@ -236,10 +237,17 @@ async fn watch(shop: &Shop, n_orders: u64) -> eventbus::Result<()> {
         look.tick().await;
         let progress = summary::progress(shop).await?;
         bar.set_position(progress.settled.min(n_orders));
-        if progress.orders >= n_orders && progress.settled >= progress.orders {
+        if progress.orders < n_orders || progress.settled < progress.orders {
+            continue;
+        }
+        // The account is of whole orders: those from the web that came meanwhile are waited for as well.
+        let n_all = summary::watch_all(shop).await?;
+        if n_all == n_orders {
             bar.finish_and_clear();
             return Ok(());
         }
+        n_orders = n_all;
+        bar.set_length(n_orders);
     }
 }
 

@@ -45,7 +45,7 @@ pub struct Law {
 /// The whole account.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Summary {
-    /// Orders that exist.
+    /// Orders of the file, and those from the web that were accepted until the file was settled.
     pub orders: u64,
     /// Orders that were paid, shipped ones included.
     pub paid: u64,
@@ -96,6 +96,20 @@ pub async fn watch_for(shop: &Shop, orders: Vec<u64>) -> eventbus::Result<()> {
         .await
 }
 
+/// Watches the orders from the web as well that were accepted until now. Returns how many are watched.
+///
+/// # Errors
+/// What the tables report.
+pub async fn watch_all(shop: &Shop) -> eventbus::Result<u64> {
+    shop.store
+        .run(|tables| {
+            let all = "SELECT id FROM ordering_order UNION SELECT ord FROM basket_request";
+            tables.execute(&format!("INSERT OR IGNORE INTO watched {all}"), [])?;
+            tables.query_row("SELECT count(*) FROM watched", [], |row| row.get(0))
+        })
+        .await
+}
+
 /// Looks at how far the orders are.
 ///
 /// # Errors
@@ -116,23 +130,28 @@ pub async fn progress(shop: &Shop) -> eventbus::Result<Progress> {
         .await
 }
 
-fn account(tables: &Connection) -> rusqlite::Result<(Summary, u64, u64, u64)> {
+/// Reads the account of the watched orders; the stock is that of everybody.
+fn account(tables: &Connection) -> rusqlite::Result<(Summary, Books)> {
     let count = |sql: &str| {
         tables.query_row(sql, [], |row| row.get::<_, Option<u64>>(0)).map(Option::unwrap_or_default)
     };
-    let cancelled_by =
-        |who: &str| count(&format!("SELECT count(*) FROM ordering_order WHERE cancelled_by = '{who}'"));
-    let paid = "FROM ordering_order WHERE status IN ('Paid', 'Shipped')";
+    let orders = "FROM ordering_order JOIN watched ON ord = id";
+    let cancelled_by = |who: &str| count(&format!("SELECT count(*) {orders} WHERE cancelled_by = '{who}'"));
+    let paid = format!("{orders} WHERE status IN ('Paid', 'Shipped')");
+    let told = "FROM notification_mail JOIN watched USING (ord)";
+    let terminal = format!("{told} WHERE kind IN ('paid', 'cancelled')");
     let summary = Summary {
-        orders: count("SELECT count(*) FROM ordering_order")?,
+        orders: count(&format!("SELECT count(*) {orders}"))?,
         paid: count(&format!("SELECT count(*) {paid}"))?,
-        cancelled: count("SELECT count(*) FROM ordering_order WHERE status = 'Cancelled'")?,
+        cancelled: count(&format!("SELECT count(*) {orders} WHERE status = 'Cancelled'"))?,
         cancelled_by: CancelledBy {
             stock: cancelled_by("stock")?,
             payment: cancelled_by("payment")?,
             buyer: cancelled_by("buyer")?,
         },
-        revenue_cents: count("SELECT sum(amount_cents) FROM payment_payment WHERE state = 'captured'")?,
+        revenue_cents: count(
+            "SELECT sum(amount_cents) FROM payment_payment JOIN watched USING (ord) WHERE state = 'captured'",
+        )?,
         quantity_sold: count(&format!("SELECT sum(quantity) {paid}"))?,
         stock: Stock {
             initial: count("SELECT sum(initial) FROM catalog_product")?,
@@ -140,12 +159,26 @@ fn account(tables: &Connection) -> rusqlite::Result<(Summary, u64, u64, u64)> {
             held: count("SELECT sum(quantity) FROM catalog_hold WHERE state = 'held'")?,
             sold: count("SELECT sum(quantity) FROM catalog_hold WHERE state = 'sold'")?,
         },
-        terminal_events: count("SELECT count(*) FROM notification_mail WHERE kind IN ('paid', 'cancelled')")?,
+        terminal_events: count(&format!("SELECT count(*) {terminal}"))?,
         ..Summary::default()
     };
-    let paid_amount = count(&format!("SELECT sum(amount_cents) {paid}"))?;
-    let sql = "SELECT count(*) FROM (SELECT ord FROM notification_mail WHERE kind IN ('paid', 'cancelled') GROUP BY ord HAVING count(*) = 1)";
-    Ok((summary, paid_amount, count(sql)?, count("SELECT count(DISTINCT ord) FROM notification_mail")?))
+    let books = Books {
+        paid_amount: count(&format!("SELECT sum(amount_cents) {paid}"))?,
+        sold: count("SELECT sum(quantity) FROM catalog_hold JOIN watched USING (ord) WHERE state = 'sold'")?,
+        with_one_terminal: count(&format!(
+            "SELECT count(*) FROM (SELECT ord {terminal} GROUP BY ord HAVING count(*) = 1)"
+        ))?,
+        told: count(&format!("SELECT count(DISTINCT ord) {told}"))?,
+    };
+    Ok((summary, books))
+}
+
+/// What the laws compare the summary with, of the same orders.
+struct Books {
+    paid_amount: u64,
+    sold: u64,
+    with_one_terminal: u64,
+    told: u64,
 }
 
 /// Draws up the account.
@@ -153,7 +186,7 @@ fn account(tables: &Connection) -> rusqlite::Result<(Summary, u64, u64, u64)> {
 /// # Errors
 /// What the tables or the bus report.
 pub async fn draw_up(bus: &Bus, shop: &Shop, counts: Counts, took: Duration) -> eventbus::Result<Summary> {
-    let (mut summary, paid_amount, with_one_terminal, told) = shop.store.run(account).await?;
+    let (mut summary, books) = shop.store.run(account).await?;
     summary.redeliveries = counts.redelivered;
     summary.duplicates_skipped = shop.n_duplicates();
     summary.seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
@@ -168,11 +201,11 @@ pub async fn draw_up(bus: &Bus, shop: &Shop, counts: Counts, took: Duration) -> 
     summary.laws = vec![
         law("orders = paid + cancelled", *orders == paid + cancelled),
         law("initial = on_hand + held + sold", stock.initial == stock.on_hand + stock.held + stock.sold),
-        law("revenue = amounts of paid orders", *revenue_cents == paid_amount),
-        law("quantity_sold = stock.sold", *quantity_sold == stock.sold),
+        law("revenue = amounts of paid orders", *revenue_cents == books.paid_amount),
+        law("quantity_sold = stock.sold", *quantity_sold == books.sold),
         law(
             "one terminal event an order",
-            terminal_events == orders && with_one_terminal == *orders && told == *orders,
+            terminal_events == orders && books.with_one_terminal == *orders && books.told == *orders,
         ),
     ];
     Ok(summary)

@@ -141,7 +141,16 @@ impl Parked {
             }
         }
         // Read after the takeovers: nobody parks what lies behind these ends any more but we.
-        let ends = admin.topic(&self.log.source).await?.map(|info| info.partitions).unwrap_or_default();
+        let ends = match admin.topic(&self.log.source).await {
+            Ok(source) => source.map(|info| info.partitions).unwrap_or_default(),
+            Err(error) => {
+                // They are taken over again: not from somebody who did not leave by himself.
+                for place in taken {
+                    drop(place.release().await);
+                }
+                return Err(error);
+            }
+        };
         let mut places = self.places.lock();
         for place in taken {
             let end = ends.iter().find(|info| info.partition == place.partition).map(|info| info.next);

@@ -41,6 +41,9 @@ pub struct ParkedKeys<'a> {
     group: Group,
 }
 
+/// How often the log is read anew, if it is swept meanwhile.
+const MAX_TRIES: u32 = 5;
+
 impl<'a> ParkedKeys<'a> {
     /// Names the topic that was consumed, and the group that parked.
     ///
@@ -61,6 +64,19 @@ impl<'a> ParkedKeys<'a> {
     /// [`Unsupported`](ErrorKind::Unsupported) without an admin, or what reading reports. A group that never
     /// parked has none.
     pub async fn held(&self) -> Result<Vec<HeldKey>> {
+        let mut n_tries = 1;
+        loop {
+            match self.held_now().await {
+                // A sweep may have moved the marks since they were read.
+                Err(error) if matches!(error.kind(), ErrorKind::DataLoss { .. }) && n_tries < MAX_TRIES => {
+                    n_tries += 1
+                }
+                held => return held,
+            }
+        }
+    }
+
+    async fn held_now(&self) -> Result<Vec<HeldKey>> {
         let admin = self.admin()?;
         let Some(info) = admin.topic(&self.parked).await? else { return Ok(Vec::new()) };
         let groups = admin.groups(Some(&self.parked)).await?;

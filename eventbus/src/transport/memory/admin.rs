@@ -43,12 +43,11 @@ impl Memory {
     /// Puts bytes that are not an event into a partition, as a foreign producer could on a broker.
     ///
     /// # Errors
-    /// [`NotFound`](ErrorKind::NotFound) for a topic or partition that does not exist.
+    /// [`NotFound`](ErrorKind::NotFound) for a topic or partition that does not exist; [`Full`](ErrorKind::Full).
     pub fn inject(&self, topic: &Topic, partition: PartitionId, content: Content) -> Result<()> {
         let state = self.broker.existing(topic)?;
         check_partition(&state, partition)?;
-        state.append_raw(partition, content);
-        Ok(())
+        state.append_raw(partition, content)
     }
 
     /// Steps the wall clock that this broker sees, by nanoseconds: the conformance suite's clock hook.

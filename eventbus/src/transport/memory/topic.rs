@@ -15,6 +15,7 @@ use super::group::GroupState;
 use super::inbox::{Inbox, Kept};
 use crate::admin::TopicSpec;
 use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::Group;
 use crate::partition::PartitionId;
 use crate::transport::wall::Wall;
@@ -187,9 +188,27 @@ impl TopicState {
     }
 
     /// Puts bytes into a partition as a foreign producer would: the raw hook of the conformance suite.
-    pub(super) fn append_raw(&self, partition: PartitionId, content: Content) {
-        self.inbox.lock().take_raw(partition, content, self.wall.now());
-        self.arrived(true);
+    pub(super) fn append_raw(&self, partition: PartitionId, content: Content) -> Result<()> {
+        let full = |_| Error::new(ErrorKind::Full, "the topic has no room").with("topic", &self.spec.topic);
+        let n_bytes = content.size_bytes().min(self.max_bytes);
+        self.room_events.try_acquire().map_err(full)?.forget();
+        // `max_bytes` is at most u32::MAX.
+        match self.room_bytes.try_acquire_many(n_bytes as u32) {
+            Ok(room) => room.forget(),
+            Err(none) => {
+                self.give_room(1, 0);
+                return Err(full(none));
+            }
+        }
+        let mut inner = self.inner.lock();
+        let mut inbox = self.inbox.lock();
+        // What was numbered before and not kept is behind us then.
+        self.fill(&mut inner, &mut inbox);
+        inbox.take_raw(partition, content, self.wall.now());
+        self.fill(&mut inner, &mut inbox);
+        drop((inbox, inner));
+        self.arrived(false);
+        Ok(())
     }
 
     /// Who goes to sleep says so before a last look into the inbox: whoever put something there after that look

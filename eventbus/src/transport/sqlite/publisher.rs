@@ -164,7 +164,10 @@ fn store_events(
     partitions: u32,
 ) -> Result<Vec<Receipt>> {
     has_room(round, events)?;
-    let (id, n_partitions) = topics::resolve_or_create(round, topic, partitions)?;
+    let resolved = topics::resolve_or_create(round, topic, partitions);
+    // Half a topic must not be committed.
+    round.is_broken |= resolved.is_err();
+    let (id, n_partitions) = resolved?;
     let now = clock::to_nanos(round.wall.now());
     let mut ends: SmallVec<[(u32, End); 4]> = SmallVec::new();
     let mut places = Vec::with_capacity(events.len());

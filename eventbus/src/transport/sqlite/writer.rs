@@ -230,11 +230,12 @@ impl Writer {
                 drop(round.connection.execute_batch("ROLLBACK"));
             }
             if round.connection.is_autocommit() {
-                // SQLite gave up the whole transaction: what ran before is undone as well.
-                let error = match &outcome {
-                    Err(error) => error.duplicate(),
-                    Ok(()) => Error::new(ErrorKind::Unavailable, "the transaction was rolled back"),
-                };
+                // The whole transaction is given up: what ran before is undone as well, through no fault of its
+                // own. It may be repeated.
+                let cause = outcome.as_ref().err().map(ToString::to_string).unwrap_or_default();
+                let error =
+                    Error::new(ErrorKind::Unavailable, "another write of the same transaction failed")
+                        .caused_by(cause);
                 finished.iter_mut().for_each(|(_, earlier)| *earlier = Err(error.duplicate()));
                 broken = Some(error);
             }
