@@ -287,8 +287,11 @@ impl Service<()> {
                 .with("service", &group));
         }
         let mut topics: BTreeMap<Topic, Vec<BoundRoute>> = BTreeMap::new();
-        for route in self.routes.iter().filter(|route| route.is_command) {
-            check_owner(bus, &route.topic, &group).await?;
+        // Nothing is borrowed from the routes over a wait, so that a service can be started from any task.
+        let commands = self.routes.iter().filter(|route| route.is_command);
+        let commands: Vec<Topic> = commands.map(|route| route.topic.clone()).collect();
+        for topic in commands {
+            check_owner(bus, &topic, &group).await?;
         }
         for route in self.routes {
             let bound = BoundRoute {

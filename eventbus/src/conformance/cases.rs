@@ -91,6 +91,7 @@ macro_rules! __conformance_list {
             S10 unsupported_is_refused_at_subscribe []
             S11 history_then_tail_once []
             S12 dropped_subscribe_leaves_no_member []
+            S13 broadcast_reaches_every_instance []
             C1 poll_never_exceeds_max []
             C2 dropped_consumer_loses_nothing []
             C3 settled_is_not_redelivered []

@@ -327,3 +327,49 @@ pub(super) async fn history_then_tail_once(mut cx: Cx) -> Checked {
     }
     Ok(())
 }
+
+pub(super) async fn broadcast_reaches_every_instance(mut cx: Cx) -> Checked {
+    let transport = cx.connect().await?;
+    let (topic, group) = (cx.topic("news")?, cx.group("beside")?);
+    let mut beside = cx.join(&transport, &topic, &group).await?;
+    let broadcast = Subscription::broadcast(topic.clone()).with_ordering(transport.capabilities().ordering);
+    let mut instances = Vec::new();
+    for _ in 0..3 {
+        instances.push(cx.subscribe(&cx.connect().await?, &broadcast).await?);
+    }
+    let publisher = transport.publisher().await?;
+    let (first, second) = (cx.events(30, 5), cx.events(10, 5));
+    publish(&publisher, &topic, &first).await?;
+    for member in instances.iter_mut().chain([&mut beside]) {
+        let mut book = Book::new(&first);
+        while book.n_seen() < first.len() {
+            let got = member.poll(16).await?;
+            book.record_all(&got)?;
+            member.ack(&got).await?;
+        }
+        book.exactly_once()?;
+        book.in_order(false)?;
+    }
+    // One that leaves takes its place with it; a new one begins with what comes.
+    let left = instances.remove(0);
+    left.close().await?;
+    drop(left);
+    instances.push(cx.subscribe(&transport, &broadcast).await?);
+    publish(&publisher, &topic, &second).await?;
+    for member in &mut instances {
+        let mut book = Book::new(&second);
+        let got = member.take(second.len()).await?;
+        book.record_all(&got)?;
+        member.ack(&got).await?;
+        book.exactly_once()?;
+        member.stays_quiet("a broadcast brought more than was published since").await?;
+    }
+    if let Some(admin) = transport.admin() {
+        let groups = admin.groups(Some(&topic)).await?;
+        ensure!(
+            groups.iter().all(|info| info.group == group),
+            "a broadcast is listed as a group: {groups:?}"
+        );
+    }
+    Ok(())
+}

@@ -93,6 +93,7 @@ mutants! {
     ForgetsPosition "forgets_position" on Strong: "S3" "C3";
     StartIgnored "start_ignored" on Strong: "S7" "R1";
     GhostSubscribe "ghost_subscribe" on Plain: "S12";
+    BroadcastIsShared "broadcast_is_shared" on Plain: "S13";
     EarlySubscribe "early_subscribe" on Plain: "S8";
     SilentMissingTopic "silent_missing_topic" on Plain: "S9";
     HistoryGap "history_gap" on Strong: "S11" "S7";

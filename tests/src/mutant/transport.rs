@@ -58,6 +58,9 @@ impl Mutant {
             let base = subscription.group_name().map_or("g", |group| group.as_str());
             sub.audience = Audience::Group(Group::new(format!("{base}.{}", shared.world.next()))?);
         }
+        if is(Defect::BroadcastIsShared) && sub.audience == Audience::Broadcast {
+            sub.audience = Audience::Group(Group::new("everybody")?);
+        }
         if is(Defect::SharedGroups) {
             sub.audience = Audience::Group(Group::new("everybody")?);
         }

@@ -189,3 +189,34 @@ async fn a_consumer_that_waits_rightly_is_left_in_peace() {
     })
     .await;
 }
+
+/// A second Ctrl-C does not wait for what a handler will never finish.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_the_drain() {
+    async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) {
+        log.add(&step);
+        std::future::pending::<()>().await;
+    }
+    let bus = eventbus::connect("memory://").await.unwrap();
+    let log = Log::default();
+    let service = Service::new("stuck").on(topic("steps"), handle).with_state(log.clone());
+    let (running, started) = (bus.clone(), tokio::time::Instant::now());
+    let mut running = tokio::spawn(async move { service.run(&running).await });
+    while bus.transport().admin().unwrap().groups(None).await.unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    bus.publisher().await.unwrap().publish(&topic("steps"), &Step { key: "a".into(), n: 0 }).await.unwrap();
+    log.until(1).await;
+    let interrupt = || {
+        let me = std::process::id().to_string();
+        assert!(std::process::Command::new("kill").args(["-INT", &me]).status().unwrap().success());
+    };
+    interrupt();
+    // A quiet period: it drains, and passing time is the subject.
+    let waits = tokio::time::timeout(Duration::from_millis(500), &mut running).await;
+    assert!(waits.is_err(), "the first signal did not wait for the handler");
+    interrupt();
+    let ended = tokio::time::timeout(Duration::from_secs(10), running).await.unwrap().unwrap();
+    assert!(ended.unwrap_err().to_string().contains("second signal"));
+    assert!(started.elapsed() < Duration::from_secs(20), "it waited for the whole budget");
+}

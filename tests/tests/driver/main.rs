@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
-    Admin, Bus, Emit, Envelope, Event, Failure, HealthState, Meta, Retry, Service, Start, State, Topic,
-    TopicSpec, Typed,
+    Admin, Bus, Emit, Envelope, Event, Failure, Guard, HealthState, Meta, Retry, Service, Start, State,
+    Topic, TopicSpec, Typed,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -490,6 +490,44 @@ async fn revocation_awaits_lanes() {
             assert_eq!(*expected, n, "key {key} out of order or twice");
             *expected += 1;
         }
+    })
+    .await;
+}
+
+/// The first route whose type, version and guard fit takes an event; what fits none is counted and passed over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guards_and_versions_choose_the_route() {
+    async fn gold(Typed(step): Typed<Step>, State((gold, _)): State<(Log, Log)>) {
+        gold.add(&step);
+    }
+    async fn other(Typed(step): Typed<Step>, State((_, other)): State<(Log, Log)>) {
+        other.add(&step);
+    }
+    on_each(async |bus| {
+        let logs = (Log::default(), Log::default());
+        let service = Service::new("tiers")
+            .on(topic("steps"), gold)
+            .when(Guard::header("tier", "gold"))
+            .on(topic("steps"), other);
+        let running = service.with_state(logs.clone()).start(&bus).await.unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        let event = |n| Envelope::of(&Step { key: "a".into(), n }, "/test").unwrap();
+        for envelope in [
+            event(0).with_header("tier", "gold"),
+            event(1).with_header("tier", "silver"),
+            event(2),
+            event(3).with_version(2),
+            Envelope::new("test.unknown", "/test").with_key("a"),
+            event(4).with_header("tier", "gold"),
+        ] {
+            publisher.publish_envelope(&topic("steps"), envelope).await.unwrap();
+        }
+        logs.0.until(2).await;
+        logs.1.until(2).await;
+        let numbers = |log: &Log| log.all().iter().map(|(_, n)| *n).collect::<Vec<_>>();
+        assert_eq!((numbers(&logs.0), numbers(&logs.1)), (vec![0, 4], vec![1, 2]));
+        assert_eq!((running.counts().unknown, running.counts().dead_lettered), (2, 0));
+        running.stop().await.unwrap();
     })
     .await;
 }
