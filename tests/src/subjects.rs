@@ -16,6 +16,9 @@ use crate::disk::Disk;
 use crate::folder::Folder;
 use crate::mutant::store::{Fault, Faulty};
 
+/// How soon a silent process loses its seat: cases wait for it.
+const SESSION: Duration = Duration::from_secs(2);
+
 /// Events a topic of the memory subject holds before publishing waits.
 const BOUND: usize = 6_000;
 
@@ -36,21 +39,57 @@ pub fn memory(strong: Strength) -> Subject {
             "memory-total"
         }
     };
-    let memory = Memory::new(options);
-    let (raw, clock) = (memory.clone(), memory.clone());
+    memory_with(name, options)
+}
+
+fn memory_with(name: &'static str, options: Options) -> Subject {
+    // A restart leaves nothing of a volatile broker.
+    let memory = Arc::new(Mutex::new(Memory::new(options)));
+    let (raw, clock, restarted) = (memory.clone(), memory.clone(), memory.clone());
     Subject::new(name, move || {
-        let memory = memory.reopen();
+        let memory = memory.lock().reopen();
         async move { Ok(Arc::new(memory) as Arc<dyn Transport>) }
     })
     .with_bound(options.max_events)
     .with_raw(move |topic, content| {
-        let memory = raw.clone();
+        let memory = raw.lock().clone();
         async move { memory.inject(&topic, PartitionId(0), Content::Undecodable(Box::new(content))) }
     })
     .with_clock(move |forward, by| {
-        clock.step_clock(nanos(forward, by));
+        clock.lock().step_clock(nanos(forward, by));
         async { Ok(()) }
     })
+    .with_restart(move || {
+        *restarted.lock() = Memory::new(options);
+        async { Ok(()) }
+    })
+}
+
+/// The subject that an address names, with the hooks that this workspace has for its transport. SQLite is tested on
+/// a file of its own in the folder of the one that is named, and leaves nothing there.
+///
+/// # Errors
+/// What is wrong with the address.
+pub fn of_url(text: &str, child: &Path) -> eventbus::Result<Subject> {
+    let url = eventbus::url::Url::parse(text)?;
+    match url.scheme() {
+        "folder" => Ok(folder()),
+        "memory" => Ok(memory_with("memory", Options::from_url(&url)?)),
+        "sqlite" => {
+            let mut options = sqlite::Options::from_url(&url)?;
+            options.session = options.session.min(SESSION);
+            let beside = Path::new(url.place()).parent().filter(|folder| !folder.as_os_str().is_empty());
+            let folder = tempfile::tempdir_in(beside.unwrap_or(Path::new(".")));
+            Ok(sqlite_in(folder, options, child.to_owned(), "sound", Fault::None))
+        }
+        _ => {
+            let text = text.to_owned();
+            Ok(Subject::new("transport", move || {
+                let text = text.clone();
+                async move { Ok(Arc::clone(eventbus::connect(&text).await?.transport())) }
+            }))
+        }
+    }
 }
 
 /// A step of a clock, in nanoseconds.
@@ -69,7 +108,20 @@ pub fn sqlite(partitions: u32, child: &'static str, broken: &'static str) -> Sub
 
 /// The same, with a fault below or beside it.
 pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, fault: Fault) -> Subject {
-    let folder = Arc::new(tempfile::tempdir());
+    let mut options = sqlite::Options::default();
+    options.partitions = partitions;
+    options.session = SESSION;
+    sqlite_in(tempfile::tempdir(), options, child.into(), broken, fault)
+}
+
+fn sqlite_in(
+    folder: std::io::Result<tempfile::TempDir>,
+    options: sqlite::Options,
+    child: PathBuf,
+    broken: &'static str,
+    fault: Fault,
+) -> Subject {
+    let folder = Arc::new(folder);
     let path =
         folder.as_ref().as_ref().map_or_else(|_| PathBuf::new(), |folder| folder.path().join("bus.db"));
     let opened: Arc<Mutex<Vec<Sqlite>>> = Arc::default();
@@ -85,9 +137,6 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
     Subject::new("sqlite", move || {
         let (path, opened, folder) = (path.clone(), opened.clone(), folder.clone());
         async move {
-            let mut options = sqlite::Options::default();
-            options.partitions = partitions;
-            options.session = Duration::from_secs(2);
             let sqlite = Sqlite::open_path(&path, options).await?;
             opened.lock().push(sqlite.clone());
             drop(folder);
@@ -105,7 +154,7 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
         async move { inserted.map_err(|error| Error::new(ErrorKind::Unexpected, "raw insert").caused_by(error)) }
     })
     .with_child(move |arguments| {
-        let mut command = std::process::Command::new(child);
+        let mut command = std::process::Command::new(&child);
         command.arg(&child_path).arg(broken).args(arguments);
         command
     })
@@ -116,9 +165,6 @@ pub fn sqlite_with(partitions: u32, child: &'static str, broken: &'static str, f
                 let failed = |error| Error::new(ErrorKind::Unexpected, "a crash image").caused_by(error);
                 let image = tempfile::tempdir().map_err(failed)?;
                 disk.power_cut(image.path(), seed).map_err(failed)?;
-                let mut options = sqlite::Options::default();
-                options.partitions = partitions;
-                options.session = Duration::from_secs(2);
                 let sqlite = Sqlite::open_path(image.path().join("bus.db"), options).await?;
                 images.lock().push(image);
                 Ok(Arc::new(sqlite) as Arc<dyn Transport>)

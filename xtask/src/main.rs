@@ -24,7 +24,12 @@ fn main() -> ExitCode {
             cargo().args(table).env("UPDATE_README", "1").status().map(|status| status.success())
         }
         Some(("conformance", [url])) => {
-            run(&["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url])
+            // With the program that plays roles in other processes.
+            run(&["build", "--quiet", "--package", "eventbus-tests", "--bins"]).and_then(|built| {
+                let suite =
+                    ["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url];
+                Ok(built && run(&suite)?)
+            })
         }
         _ => {
             eprintln!("{USAGE}");

@@ -78,6 +78,21 @@ pub async fn run_all(subject: &Subject) -> Report {
     Report::new(subject.name(), lines)
 }
 
+/// Runs every case, each on a subject of its own, and collects the report.
+///
+/// # Errors
+/// What making a subject reports.
+pub async fn run_each(
+    name: &'static str,
+    subject: impl Fn() -> crate::Result<Subject>,
+) -> crate::Result<Report> {
+    let mut lines = Vec::with_capacity(CASES.len());
+    for case in CASES {
+        lines.push(run(case, &subject()?).await);
+    }
+    Ok(Report::new(name, lines))
+}
+
 /// Runs one case as a test: panics with the report line if it failed, prints a skip.
 #[doc(hidden)]
 pub fn run_as_test(id: &str, subject: impl FnOnce() -> Subject) {

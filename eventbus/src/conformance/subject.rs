@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cases::Hook;
+use crate::capability::Capabilities;
 use crate::error::Result;
 use crate::name::Topic;
 use crate::transport::{Transport, Undecodable};
@@ -240,6 +241,14 @@ impl Subject {
             Hook::Power => self.power.is_some(),
             Hook::Clock => self.clock.is_some(),
         }
+    }
+
+    /// Returns what the transport under test claims.
+    ///
+    /// # Errors
+    /// What opening it reports.
+    pub async fn capabilities(&self) -> Result<Capabilities> {
+        Ok(self.connect().await?.capabilities())
     }
 
     pub(super) async fn connect(&self) -> Result<Arc<dyn Transport>> {

@@ -1,10 +1,9 @@
 //! Runs the suite on the transport an address names, and prints its capability page.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use eventbus::conformance::{Subject, run_all};
-use eventbus::{Bus, Transport};
+use eventbus::conformance::run_each;
+use eventbus_tests::subjects::of_url;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -23,18 +22,16 @@ async fn main() -> ExitCode {
 }
 
 async fn run(url: String) -> eventbus::Result<bool> {
-    // Held to the end: an in-process broker lives as long as a value that uses it.
-    let bus: Bus = eventbus::connect(&url).await?;
+    // The program that plays a role in another process is built beside this one.
+    let child = std::env::current_exe().map(|me| me.with_file_name("child")).unwrap_or_default();
+    let subject = of_url(&url, &child)?;
     println!("| capability | claim |\n|---|---|");
-    for (axis, claim) in bus.transport().capabilities().rows() {
+    for (axis, claim) in subject.capabilities().await?.rows() {
         println!("| {axis} | {claim} |");
     }
     println!();
-    let subject = Subject::new("transport", move || {
-        let url = url.clone();
-        async move { Ok(Arc::clone(eventbus::connect(&url).await?.transport()) as Arc<dyn Transport>) }
-    });
-    let report = run_all(&subject).await;
+    // As in the tests, no case sees what another one left.
+    let report = run_each(subject.name(), || of_url(&url, &child)).await?;
     println!("{report}");
     Ok(report.counts().1 == 0)
 }
