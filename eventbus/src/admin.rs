@@ -186,31 +186,52 @@ pub trait Admin: Send + Sync {
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) if it exists with another partition count.
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     async fn declare(&self, spec: &TopicSpec) -> Result<bool>;
 
     /// Lists the topics, by name.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn topics(&self) -> Result<Vec<TopicInfo>>;
 
     /// Describes one topic; `None` if it does not exist.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn topic(&self, topic: &Topic) -> Result<Option<TopicInfo>>;
 
     /// Deletes a topic with its events and every group's position in it.
     ///
     /// # Errors
     /// [`NotFound`](crate::ErrorKind::NotFound).
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     async fn delete_topic(&self, topic: &Topic) -> Result<()>;
 
     /// Removes the events of a partition below `before`, and returns how many. A group that had not
     /// read them gets [`DataLoss`](crate::ErrorKind::DataLoss) at its next poll.
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     async fn purge(&self, topic: &Topic, partition: PartitionId, before: Offset) -> Result<u64>;
 
     /// Lists the groups' positions, by group, topic and partition; of one topic or of all.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>>;
 
     /// Forgets a group's position in a topic.
     ///
     /// # Errors
     /// [`NotFound`](crate::ErrorKind::NotFound); [`Conflict`](crate::ErrorKind::Conflict) while it has members.
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()>;
 
     /// Moves a group to the given offset of a partition; what is below counts as settled, what is
@@ -218,18 +239,30 @@ pub trait Admin: Send + Sync {
     ///
     /// # Errors
     /// [`Conflict`](crate::ErrorKind::Conflict) while the group has members.
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     async fn seek(&self, group: &Group, topic: &Topic, partition: PartitionId, to: Offset) -> Result<()>;
 
     /// Returns the partition that a key belongs to.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn partition_of(&self, topic: &Topic, key: &Key) -> Result<PartitionId>;
 
     /// Returns the first offset stored at or after a time; the end if there is none.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn offset_at(&self, topic: &Topic, partition: PartitionId, time: SystemTime) -> Result<Offset>;
 
     /// Reads up to `max` records of a partition from an offset, inclusive, without any group.
     ///
     /// # Errors
     /// [`DataLoss`](crate::ErrorKind::DataLoss) if `from` is below the first kept offset.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn read(
         &self,
         topic: &Topic,
@@ -239,5 +272,8 @@ pub trait Admin: Send + Sync {
     ) -> Result<Vec<Record>>;
 
     /// Waits until the topic has a record at or above one of the given positions, or `within` passed.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()>;
 }

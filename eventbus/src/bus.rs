@@ -29,6 +29,9 @@ const SCHEMES: [(&str, &str, bool); 2] =
 /// [`Config`](ErrorKind::Config) for a scheme or option that does not exist;
 /// [`Unsupported`](ErrorKind::Unsupported) for a transport that was not compiled in, with the feature's
 /// name; or what the transport reports about the place.
+///
+/// # Cancellation
+/// Nothing stays open.
 pub async fn connect(url: &str) -> Result<Bus> {
     let url = Url::parse(url)?;
     match url.scheme() {
@@ -114,6 +117,9 @@ impl Bus {
     ///
     /// # Errors
     /// As [`Transport::publisher`].
+    ///
+    /// # Cancellation
+    /// Nothing stays open.
     pub async fn publisher(&self) -> Result<TypedPublisher> {
         Ok(TypedPublisher { publisher: self.transport.publisher().await?, source: self.source.clone() })
     }
@@ -122,6 +128,9 @@ impl Bus {
     ///
     /// # Errors
     /// As [`Transport::close`].
+    ///
+    /// # Cancellation
+    /// Closing goes on; a repeated call waits for it.
     pub async fn close(&self) -> Result<()> {
         self.transport.close().await
     }
@@ -158,6 +167,10 @@ impl TypedPublisher {
     ///
     /// # Errors
     /// As [`publish`](Self::publish); the id is kept, so the call can be repeated.
+    ///
+    /// # Cancellation
+    /// As [`enqueue`](crate::Publisher::enqueue) until it is accepted; after that it is published, and only
+    /// the knowledge is lost.
     pub async fn publish_envelope(&self, topic: &Topic, envelope: Envelope) -> Result<Receipt> {
         self.publisher.enqueue(topic, vec![envelope]).await?.await.single()
     }
@@ -166,6 +179,9 @@ impl TypedPublisher {
     ///
     /// # Errors
     /// As [`Publisher::enqueue`].
+    ///
+    /// # Cancellation
+    /// Before it returns nothing is published.
     pub async fn enqueue<'a, M: Message>(
         &self,
         topic: &Topic,

@@ -10,6 +10,10 @@
 //! - [`connect`] opens a [`Bus`] by its address; [`Bus::publisher`] publishes by type.
 //! - [`transport`] is the contract for brokers, in three traits: [`Transport`], [`Publisher`], [`Consumer`].
 //! - [`Admin`] declares topics, looks at groups and reads ranges.
+//! - [`Service`] runs async functions as handlers: order by key, retry, parking, dead letters, draining; its table
+//!   lists every bound with the option that sets it.
+//! - [`Requests`] sends commands that are answered.
+//! - `testing` (feature) runs a service in process and says what it did; `conformance` (feature) proves a transport.
 //!
 //! ```
 //! # use eventbus::{Event, Topic};

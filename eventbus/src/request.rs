@@ -50,6 +50,9 @@ impl Bus {
     ///
     /// # Errors
     /// As [`Transport::subscribe`](crate::Transport::subscribe).
+    ///
+    /// # Cancellation
+    /// An inbox that was made is deleted by the transport's retention, or by whoever opens the next.
     pub async fn requests(&self) -> Result<Requests> {
         let inbox = Topic::new(format!("replies.{}", EventId::generate()))?;
         if let Some(admin) = self.transport().admin() {
@@ -172,6 +175,9 @@ impl Requests {
 
     /// Deletes the inbox and waits for it. Commands that wait for an answer end with
     /// [`Closed`](ErrorKind::Closed).
+    ///
+    /// # Cancellation
+    /// The inbox may stay until its retention ends.
     pub async fn close(mut self) {
         drop(self.stop.take());
         if let Some(task) = self.task.take() {

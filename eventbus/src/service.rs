@@ -38,12 +38,17 @@ impl Guard {
 
 /// Most events a batch handler gets at once.
 const MAX_BATCH: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// Different keys that fail in a row before intake pauses.
+const BREAKER_AT: NonZeroUsize = NonZeroUsize::new(10).unwrap();
 
 /// Bounds and policies of a service's subscriptions.
 #[derive(Debug, Clone)]
 pub(crate) struct Policy {
     pub(crate) lanes: NonZeroUsize,
     pub(crate) window: NonZeroUsize,
+    pub(crate) window_bytes: NonZeroUsize,
+    pub(crate) revoke_within: Duration,
+    pub(crate) breaker_at: NonZeroUsize,
     pub(crate) lease: Duration,
     pub(crate) silence: Duration,
     pub(crate) retry: Retry,
@@ -65,10 +70,19 @@ pub(crate) struct Policy {
 /// | events wait and nothing is delivered | 60 s | [`rejoin_after`](Self::rejoin_after) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
-/// | events in one call of a batch handler | 64 | [`on_batch`](Self::on_batch) |
+/// | bytes in hand, each topic | 64 MiB | [`window_bytes`](Self::window_bytes) |
+/// | handing a partition over | 10 s | [`revoke_within`](Self::revoke_within) |
+/// | events in one call of a batch handler | 64 | [`up_to`](Self::up_to) |
+/// | different keys that fail in a row before intake pauses | 10 | [`breaker_at`](Self::breaker_at) |
+/// | the pause before a probe, while intake is paused | 0.5 s, doubling to 30 s | fixed |
+/// | the pause after a failure of the transport | 50 ms, doubling to 5 s | fixed |
 /// | runs a second, each topic | unbounded | `rate_limit` (feature `rate-limit`) |
 /// | a run of a handler | unbounded | [`timeout`](Self::timeout) |
 /// | draining at the end | 25 s | [`drain_within`](Self::drain_within) |
+/// | waiting for an answer to a command | none | `within` of [`Requests::request`](crate::Requests::request) |
+///
+/// What transports bound is in the tables of [`memory`](crate::transport::memory) and
+/// [`sqlite`](crate::transport::sqlite).
 ///
 /// Unknown types are acknowledged and counted; a body that does not decode, a permanent failure, and a
 /// transient one after its last attempt go to `<topic>.dlq`, confirmed before the source is settled.
@@ -85,6 +99,8 @@ struct Route<S> {
     guard: Option<Guard>,
     emit_to: Option<Topic>,
     is_command: bool,
+    /// Most events in one call, where it takes batches.
+    max_batch: NonZeroUsize,
     bind: Box<dyn FnOnce(S) -> Handling + Send>,
 }
 
@@ -122,6 +138,9 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
         let policy = Policy {
             lanes: NonZeroUsize::MIN.saturating_add(31),
             window: Subscription::WINDOW,
+            window_bytes: Subscription::WINDOW_BYTES,
+            revoke_within: Subscription::REVOKE_WITHIN,
+            breaker_at: BREAKER_AT,
             lease: Subscription::LEASE,
             silence: Duration::from_secs(60),
             retry: Retry::default(),
@@ -146,6 +165,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             guard: None,
             emit_to: None,
             is_command: H::IS_COMMAND,
+            max_batch: MAX_BATCH,
             bind: Box::new(move |state| Handling::One(bind(handler, state))),
         });
         self
@@ -162,11 +182,21 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             guard: None,
             emit_to: None,
             is_command: H::Message::IS_COMMAND,
+            max_batch: MAX_BATCH,
             bind: Box::new(move |state| Handling::Batch {
                 handler: crate::batch::bind(handler, state),
                 max: MAX_BATCH,
             }),
         });
+        self
+    }
+
+    /// Sets the most events that one call of the batch handler before gets.
+    #[must_use]
+    pub fn up_to(mut self, events: NonZeroUsize) -> Self {
+        if let Some(route) = self.routes.last_mut() {
+            route.max_batch = events;
+        }
         self
     }
 
@@ -199,6 +229,27 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn window(mut self, events: NonZeroUsize) -> Self {
         self.policy.window = events;
+        self
+    }
+
+    /// Sets the most bytes of a topic in hand; one event is taken however large it is.
+    #[must_use]
+    pub fn window_bytes(mut self, bytes: NonZeroUsize) -> Self {
+        self.policy.window_bytes = bytes;
+        self
+    }
+
+    /// Sets how long a partition that moves to another member may take: what is running then runs there again.
+    #[must_use]
+    pub fn revoke_within(mut self, budget: Duration) -> Self {
+        self.policy.revoke_within = budget;
+        self
+    }
+
+    /// Sets how many different keys may fail in a row, each by a dependency, before intake pauses.
+    #[must_use]
+    pub fn breaker_at(mut self, keys: NonZeroUsize) -> Self {
+        self.policy.breaker_at = keys;
         self
     }
 
@@ -267,9 +318,10 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     #[must_use]
     pub fn with_state(self, state: S) -> Service<()> {
         let routes = self.routes.into_iter().map(|route| {
-            let Route { topic, name, message, guard, emit_to, is_command, bind } = route;
+            let Route { topic, name, message, guard, emit_to, is_command, max_batch, bind } = route;
             let state = state.clone();
-            Route { topic, name, message, guard, emit_to, is_command, bind: Box::new(move |()| bind(state)) }
+            let bind = Box::new(move |()| bind(state));
+            Route { topic, name, message, guard, emit_to, is_command, max_batch, bind }
         });
         Service { name: self.name, routes: routes.collect(), policy: self.policy }
     }
@@ -280,6 +332,9 @@ impl Service<()> {
     ///
     /// # Errors
     /// What [`Transport::subscribe`](crate::Transport::subscribe) reports, or a name that is not allowed.
+    ///
+    /// # Cancellation
+    /// What was joined until then is left, without a drain.
     pub async fn start(self, bus: &Bus) -> Result<Running> {
         let group = Group::new(&self.name)?;
         if self.routes.is_empty() {
@@ -294,12 +349,16 @@ impl Service<()> {
             check_owner(bus, &topic, &group).await?;
         }
         for route in self.routes {
+            let mut handling = (route.bind)(());
+            if let Handling::Batch { max, .. } = &mut handling {
+                *max = route.max_batch;
+            }
             let bound = BoundRoute {
                 name: route.name,
                 message: route.message,
                 guard: route.guard,
                 emit_to: route.emit_to,
-                handling: (route.bind)(()),
+                handling,
             };
             topics.entry(route.topic).or_default().push(bound);
         }

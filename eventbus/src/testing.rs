@@ -179,6 +179,9 @@ impl TestBus {
     ///
     /// # Errors
     /// As [`TypedPublisher::publish`](crate::TypedPublisher::publish).
+    ///
+    /// # Cancellation
+    /// It may or may not be published.
     pub async fn publish<M: Message>(&self, topic: &Topic, message: &M) -> Result<Receipt> {
         self.bus.publisher().await?.publish(topic, message).await
     }
@@ -188,6 +191,9 @@ impl TestBus {
     ///
     /// # Errors
     /// What is open after 30 s, and what ran until then.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn settle(&self) -> Result<(), Unsettled> {
         let settled = self.until(async || self.open().await.is_ok_and(|open| open.is_empty()));
         if settled.await {
@@ -202,6 +208,9 @@ impl TestBus {
     ///
     /// # Errors
     /// What is there after 30 s, and what ran until then.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn wait_for<M: Message>(&self, topic: &Topic, n: usize) -> Result<Vec<M>, Unsettled> {
         let found = async || self.published::<M>(topic).await.unwrap_or_default();
         if self.until(async || found().await.len() >= n).await {
@@ -250,6 +259,9 @@ impl TestBus {
     ///
     /// # Errors
     /// What reading reports; a topic that does not exist holds nothing.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn published<M: Message>(&self, topic: &Topic) -> Result<Vec<M>> {
         let events = self.events(topic).await?;
         Ok(events.iter().filter_map(|event| event.decode().ok()).collect())
@@ -259,6 +271,9 @@ impl TestBus {
     ///
     /// # Errors
     /// As [`published`](Self::published).
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn events(&self, topic: &Topic) -> Result<Vec<Envelope>> {
         let admin = self.bus.transport().admin().ok_or_else(|| Error::config("a test bus needs an admin"))?;
         let mut events = Vec::new();
@@ -273,6 +288,9 @@ impl TestBus {
     ///
     /// # Errors
     /// As [`published`](Self::published).
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn dead_letters(&self, topic: &Topic) -> Result<Vec<Envelope>> {
         self.events(&topic.dead_letters()?).await
     }

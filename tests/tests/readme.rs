@@ -38,11 +38,11 @@ fn masked(line: &str) -> String {
 #[test]
 fn every_block_has_somebody_who_runs_it() {
     let languages: Vec<_> = blocks().into_iter().map(|(language, _)| language).collect();
-    assert_eq!(languages, ["bash", "text", "bash", "bash", "rust", "toml"]);
+    assert_eq!(languages, ["bash", "text", "bash", "bash", "text", "rust", "toml"]);
     let ci = std::fs::read_to_string(root().join(".ci/run")).unwrap();
     assert_eq!(blocks()[3].1, "cargo xtask test\n");
     assert!(ci.contains("cargo xtask test"), "CI must call the command that the README names");
-    let manifest: toml::Table = blocks()[5].1.parse().unwrap();
+    let manifest: toml::Table = blocks()[6].1.parse().unwrap();
     assert!(manifest["dependencies"].get("eventbus").is_some());
 }
 

@@ -1,7 +1,7 @@
 //! The project's own commands.
 //!
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
-//! `cargo xtask bench` runs the paired benchmarks and prints their table.
+//! `cargo xtask bench` runs the paired benchmarks and prints their table; with an argument, lines that hold it.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
 //! it writes what the transports of this workspace claim into the README.
 
@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
 const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
-       cargo xtask bench
+       cargo xtask bench [PART OF A NAME]
        cargo xtask conformance URL
        cargo xtask conformance --readme";
 
@@ -17,7 +17,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
-        Some(("bench", [])) => run(&["run", "--release", "--package", "eventbus-benches", "--bin", "pairs"]),
+        Some(("bench", only)) if only.len() <= 1 => {
+            let pairs = ["run", "--release", "--package", "eventbus-benches", "--bin", "pairs", "--"];
+            cargo().args(pairs).args(only).status().map(|status| status.success())
+        }
         Some(("conformance", [to])) if to == "--readme" => {
             let table =
                 ["test", "--quiet", "--package", "eventbus-tests", "--test", "readme", "table_of_transports"];
@@ -54,6 +57,7 @@ fn cargo() -> Command {
 fn test(arguments: &[String]) -> std::io::Result<bool> {
     let mut cargo = cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
+    let started = std::time::Instant::now();
     let mut child = cargo.spawn()?;
     let (mut n_passed, mut n_failed, mut n_ignored) = (0, 0, 0);
     let mut out = std::io::stdout();
@@ -72,6 +76,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
     // A program that died without its closing line failed, whatever the others counted.
     let n_failed = if passed { n_failed } else { n_failed.max(1) };
     let skipped = if n_ignored > 0 { format!(", {n_ignored} skipped") } else { String::new() };
+    writeln!(out, "done in {} s", started.elapsed().as_secs())?;
     writeln!(out, "{n_passed} passed, {n_failed} failed{skipped}")?;
     Ok(passed)
 }

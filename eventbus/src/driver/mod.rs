@@ -191,6 +191,9 @@ impl Running {
     /// # Errors
     /// [`Timeout`](ErrorKind::Timeout) if handlers were still running at the end of the budget: their
     /// events are redelivered.
+    ///
+    /// # Cancellation
+    /// The rest stops without draining; what was in hand is redelivered.
     pub async fn stop(mut self) -> Result<()> {
         self.stop.send_replace(true);
         let mut outcome = Ok(());

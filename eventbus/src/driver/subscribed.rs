@@ -89,6 +89,8 @@ impl Subscribed {
         let mut subscription = Subscription::group(topic.clone(), group.clone())
             .with_ordering(capabilities.ordering.min(Ordering::PerKey))
             .with_window(policy.window)
+            .with_window_bytes(policy.window_bytes)
+            .with_revoke_within(policy.revoke_within)
             .with_lease(policy.lease)
             .with_start(policy.start.clone());
         if capabilities.delay {
@@ -126,7 +128,7 @@ impl Subscribed {
             topic,
             subscription,
             lanes: Lanes::default(),
-            breaker: Breaker::default(),
+            breaker: Breaker::new(policy.breaker_at.get()),
             rate: rate(policy),
             meters,
             books: Books::default(),

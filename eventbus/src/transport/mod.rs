@@ -119,6 +119,9 @@ pub trait Publisher: Debug + Send + Sync {
 
     /// Flushes and closes. Later calls to [`enqueue`](Self::enqueue) are [`Closed`](crate::ErrorKind::Closed).
     /// May be repeated.
+    ///
+    /// # Cancellation
+    /// It is closed all the same, and what was accepted is still published.
     async fn close(&self) -> Result<()>;
 }
 
@@ -153,12 +156,18 @@ pub trait Consumer: Debug + Send + Sync {
 
     /// Hands back partitions that [`Polled::Revoking`] named, when their deliveries are settled. What
     /// is still unsettled goes to the next owner.
+    ///
+    /// # Cancellation
+    /// They may or may not be handed back: repeat it, or let the deadline take them.
     async fn release(&self, partitions: &[PartitionId]) -> Result<()>;
 
     /// Extends the lease of deliveries to `lease` from now, for slow handlers.
     ///
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) where there is no lease to extend.
+    ///
+    /// # Cancellation
+    /// Leases may or may not be extended: repeat it.
     async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled>;
 
     /// Leaves the group and hands over what is unsettled, without waiting for it. A poll in progress
@@ -166,5 +175,8 @@ pub trait Consumer: Debug + Send + Sync {
     ///
     /// # Errors
     /// [`Timeout`](crate::ErrorKind::Timeout) if the broker did not answer by `deadline`; the member is gone all the same.
+    ///
+    /// # Cancellation
+    /// The member leaves all the same.
     async fn close(&self, deadline: Instant) -> Result<()>;
 }

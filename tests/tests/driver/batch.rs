@@ -136,3 +136,31 @@ async fn a_batch_emits_for_each_event() {
     })
     .await;
 }
+
+/// No call gets more events than the route allows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_is_as_large_as_it_may_be() {
+    async fn hear(steps: Batch<Step>, State((log, sizes)): State<(Log, Arc<Mutex<Vec<usize>>>)>) -> Outcomes {
+        let n = std::cell::Cell::new(0);
+        let outcomes = steps.each(|step| {
+            n.set(n.get() + 1);
+            log.add(&step.message);
+        });
+        sizes.lock().push(n.get());
+        outcomes
+    }
+    on_each(async |bus| {
+        let state = (Log::default(), Arc::<Mutex<Vec<usize>>>::default());
+        let five = std::num::NonZeroUsize::new(5).unwrap();
+        let one = std::num::NonZeroUsize::MIN;
+        let service = Service::new("ear").lanes(one).start_at(eventbus::Start::Earliest);
+        let service = service.on_batch(topic("steps"), hear).up_to(five).with_state(state.clone());
+        let steps: Vec<_> = (0..200).map(|n| Step { key: format!("k{n}"), n }).collect();
+        bus.publisher().await.unwrap().enqueue(&topic("steps"), &steps).await.unwrap().await.all().unwrap();
+        let running = service.start(&bus).await.unwrap();
+        state.0.until(200).await;
+        running.stop().await.unwrap();
+        assert_eq!(state.1.lock().iter().max(), Some(&5), "{:?}", state.1.lock());
+    })
+    .await;
+}

@@ -14,14 +14,14 @@ use tokio::time::Instant;
 
 use crate::driver::parked::planted::{Bug, planted};
 
-/// Different keys that fail in a row before the breaker opens.
-const THRESHOLD: usize = 10;
 /// The first pause before a probe, and the longest; it doubles with each failed probe.
 const PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::driver) struct Breaker {
+    /// Different keys that fail in a row before it opens.
+    threshold: usize,
     state: Mutex<State>,
     /// Whether anything failed since the last success: nobody looks further while all is well.
     troubled: AtomicBool,
@@ -54,6 +54,10 @@ pub(in crate::driver) enum Pass {
 }
 
 impl Breaker {
+    pub(in crate::driver) fn new(threshold: usize) -> Self {
+        Self { threshold, state: Mutex::default(), troubled: AtomicBool::new(false), changed: Notify::new() }
+    }
+
     /// Waits while the breaker is open; lets one probe pass at a time.
     pub(in crate::driver) async fn admit(&self) -> Pass {
         if !self.troubled.load(Atomic::Acquire) {
@@ -110,7 +114,7 @@ impl Breaker {
             return true;
         }
         state.failing.insert(key);
-        if state.failing.len() >= THRESHOLD && !planted(Bug::ParksEverything) {
+        if state.failing.len() >= self.threshold && !planted(Bug::ParksEverything) {
             state.failing.clear();
             state.open = Some(Open { probe_at: Instant::now() + PAUSE, pause: PAUSE * 2, probing: false });
         }
@@ -145,9 +149,11 @@ impl Breaker {
 mod tests {
     use super::*;
 
+    const THRESHOLD: usize = 10;
+
     #[tokio::test(start_paused = true)]
     async fn opens_after_different_keys_and_closes_after_a_probe() {
-        let breaker = Breaker::default();
+        let breaker = Breaker::new(THRESHOLD);
         for _ in 0..100 {
             assert!(!breaker.failed(Pass::Go, 1), "one key that fails is not an outage");
         }
@@ -168,7 +174,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stop_ends_the_wait() {
-        let breaker = Breaker::default();
+        let breaker = Breaker::new(THRESHOLD);
         let opened = (0..THRESHOLD as u64).any(|key| breaker.failed(Pass::Go, key));
         assert!(opened);
         assert!(breaker.is_open());

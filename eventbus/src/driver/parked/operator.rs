@@ -63,6 +63,9 @@ impl<'a> ParkedKeys<'a> {
     /// # Errors
     /// [`Unsupported`](ErrorKind::Unsupported) without an admin, or what reading reports. A group that never
     /// parked has none.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
     pub async fn held(&self) -> Result<Vec<HeldKey>> {
         let mut n_tries = 1;
         loop {
@@ -113,6 +116,9 @@ impl<'a> ParkedKeys<'a> {
     ///
     /// # Errors
     /// [`NotFound`](ErrorKind::NotFound) if the key is not held by this event any more, or what publishing reports.
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     pub async fn redrive(&self, held: &HeldKey) -> Result<()> {
         let (sequence, id) = (Sequence::Key(held.key.clone()), held.event.clone());
         self.say(held, Record::Redrive { sequence, id }).await
@@ -122,6 +128,9 @@ impl<'a> ParkedKeys<'a> {
     ///
     /// # Errors
     /// As [`redrive`](Self::redrive).
+    ///
+    /// # Cancellation
+    /// It may or may not have happened: repeat it, which changes nothing more.
     pub async fn resolve(&self, held: &HeldKey, reason: &str) -> Result<()> {
         let (sequence, id) = (Sequence::Key(held.key.clone()), held.event.clone());
         self.say(held, Record::Resolve { sequence, id, reason: reason.to_owned() }).await

@@ -134,6 +134,9 @@ impl Sqlite {
     /// [`Config`](ErrorKind::Config) for a path or option that cannot be used; [`Corrupt`](ErrorKind::Corrupt)
     /// for a file that is not SQLite or is damaged; [`Unauthorized`](ErrorKind::Unauthorized) for a
     /// read-only one; [`Conflict`](ErrorKind::Conflict) for one written by a newer version.
+    ///
+    /// # Cancellation
+    /// The file may have been created; nothing stays open.
     pub async fn open(url: &Url) -> Result<Self> {
         if url.place().is_empty() {
             return Err(Error::config("sqlite:// needs the path of a file, such as sqlite://shop.db"));
@@ -145,6 +148,9 @@ impl Sqlite {
     ///
     /// # Errors
     /// As [`open`](Self::open).
+    ///
+    /// # Cancellation
+    /// The file may have been created; nothing stays open.
     pub async fn open_path(path: impl AsRef<Path>, options: Options) -> Result<Self> {
         options.check()?;
         let path: PathBuf = path.as_ref().to_owned();
