@@ -21,7 +21,7 @@ async fn schedule(mut world: World) -> Result<(), String> {
             }
         }
     }
-    let short = parking()
+    let short = parking(&world)
         .with_followers(Followers::Skip)
         .with_sweep_after(NonZeroUsize::new(world.random.usize(5..40)).unwrap());
     let mut running = start(&world, &shop, short).await;
@@ -84,7 +84,7 @@ fn random_schedules_lose_nothing_and_keep_order() {
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
         let options = Options { replay: 1_000_000, ..Options::default() };
-        let world = World::new(Arc::new(Memory::new(options)), seed);
+        let world = World::new(Arc::new(Memory::new(options)), crate::parking::Waits::Log, seed);
         let ended = runtime.block_on(schedule(world));
         assert_eq!(ended, Ok(()), "seed {seed}");
     }
