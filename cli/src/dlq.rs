@@ -12,6 +12,7 @@ use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::held::{self, Held, Sequence};
 use crate::inspect::record_at;
+use crate::jq::Jq;
 use crate::out::Out;
 use crate::out::row;
 use crate::out::say;
@@ -38,6 +39,7 @@ enum By {
     Reason,
     Type,
     Handler,
+    Exception,
     Key,
 }
 
@@ -59,6 +61,9 @@ enum What {
         /// Only letters of this topic.
         #[arg(long, value_name = "TOPIC")]
         dest: Option<Topic>,
+        /// Only letters that are younger, such as 1h.
+        #[arg(long, value_name = "TIME", value_parser = crate::range::duration)]
+        since: Option<std::time::Duration>,
         #[command(flatten)]
         filter: Filter,
     },
@@ -104,6 +109,15 @@ enum What {
         /// Letters that were redriven so often are left alone.
         #[arg(long, default_value_t = 2, value_name = "N")]
         max_replays: u32,
+        /// No faster than this, such as 50/s.
+        #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
+        rate: Option<f64>,
+        /// The letters stay open: they can be redriven again.
+        #[arg(long)]
+        keep: bool,
+        /// Publishes what this jq filter makes of each record, such as '.value.data.card = null'.
+        #[arg(long, value_name = "JQ")]
+        edit: Option<String>,
         /// Does it; without, only says what would be done.
         #[arg(long)]
         execute: bool,
@@ -142,6 +156,14 @@ impl Letter {
         self.event.extension(name).unwrap_or("-")
     }
 
+    /// Replaces the body and what else a jq filter changes; the marks of the letter stay.
+    fn edit(&mut self, session: &Session, edit: &Jq) -> Outcome {
+        let topic = Topic::new(self.place.rsplit_once('/').map_or("", |(topic, _)| topic))?;
+        let made = edit.one(&record::to_json(&session.broker, &topic, &self.record, None))?;
+        self.event = record::from_json(&made)?;
+        Ok(())
+    }
+
     fn n_replays(&self) -> u32 {
         self.event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
     }
@@ -170,6 +192,12 @@ async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Ou
     Ok(found)
 }
 
+/// The letters that were stored since.
+fn young(letters: Vec<Letter>, since: Option<std::time::Duration>) -> impl Iterator<Item = Letter> {
+    let begin = since.and_then(|since| SystemTime::now().checked_sub(since));
+    letters.into_iter().filter(move |letter| begin.is_none_or(|begin| letter.record.stored_at >= begin))
+}
+
 fn age(letter: &Letter) -> String {
     let age = SystemTime::now().duration_since(letter.record.stored_at).unwrap_or_default();
     format!("{:.0}s", age.as_secs_f64())
@@ -189,8 +217,8 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             });
             out.rows(rows.collect())
         }
-        What::List { group_by: None, dest, filter, .. } => {
-            let rows = letters(session, dest.as_ref(), filter).await?.into_iter().map(|letter| {
+        What::List { group_by: None, dest, filter, since, .. } => {
+            let rows = young(letters(session, dest.as_ref(), filter).await?, *since).map(|letter| {
                 row! {"ref": letter.place, "reason": letter.mark("evt-dlq-reason"), "group": letter.mark("evt-dlq-group"),
                 "handler": letter.mark("evt-dlq-handler"), "type": letter.event.event_type(),
                 "key": letter.event.key().map(|key| key.to_string()), "attempts": letter.mark("evt-dlq-attempts"),
@@ -198,13 +226,14 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             });
             out.rows(rows.collect())
         }
-        What::List { group_by: Some(by), dest, filter, .. } => {
+        What::List { group_by: Some(by), dest, filter, since, .. } => {
             let mut groups: BTreeMap<(String, String), Vec<Letter>> = BTreeMap::new();
-            for letter in letters(session, dest.as_ref(), filter).await? {
+            for letter in young(letters(session, dest.as_ref(), filter).await?, *since) {
                 let name = match by {
                     By::Reason => letter.mark("evt-dlq-reason").to_owned(),
                     By::Type => letter.event.event_type().to_owned(),
                     By::Handler => letter.mark("evt-dlq-handler").to_owned(),
+                    By::Exception => letter.mark("evt-dlq-error-message").to_owned(),
                     By::Key => letter.event.key().map_or_else(|| "-".into(), |key| key.to_string()),
                 };
                 let handler = format!("{}.{}", letter.mark("evt-dlq-group"), letter.mark("evt-dlq-handler"));
@@ -252,7 +281,21 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             say!("resolved {what}");
             Ok(())
         }
-        What::Redrive { references, reason, dest, filter, to, max, all, max_replays, execute, .. } => {
+        What::Redrive {
+            references,
+            reason,
+            dest,
+            filter,
+            to,
+            max,
+            all,
+            max_replays,
+            rate,
+            keep,
+            edit,
+            execute,
+            ..
+        } => {
             let mut chosen = letters(session, dest.as_ref(), filter).await?;
             chosen.retain(|letter| {
                 let named = references.is_empty() || references.contains(&letter.place);
@@ -287,8 +330,13 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 say!("would redrive {} dead letters to {to}{tired}; add --execute to do it", chosen.len());
                 return Ok(());
             }
+            let edit = edit.as_deref().map(Jq::compile).transpose()?;
+            if let Some(edit) = &edit {
+                // What cannot be edited is found before anything is written.
+                chosen.iter_mut().try_for_each(|letter| letter.edit(session, edit))?;
+            }
             session.may_write()?;
-            redrive(session, &chosen, to).await?;
+            redrive(session, &chosen, to, *rate, *keep).await?;
             say!("redrove {} dead letters to {to}{tired}", chosen.len());
             Ok(())
         }
@@ -326,9 +374,14 @@ async fn close(session: &Session, held: &Held, verb: &str, mut how: serde_json::
 }
 
 /// Publishes letters again, confirmed, oldest first, and only then notes that they are settled.
-async fn redrive(session: &Session, letters: &[Letter], to: &str) -> Outcome {
+async fn redrive(session: &Session, letters: &[Letter], to: &str, rate: Option<f64>, keep: bool) -> Outcome {
     let publisher = session.bus.transport().publisher().await?;
-    for letter in letters {
+    let started = std::time::Instant::now();
+    for (at, letter) in letters.iter().enumerate() {
+        if let Some(rate) = rate {
+            let due = std::time::Duration::from_secs_f64(at as f64 / rate);
+            tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
+        }
         let topic = match to {
             "handler" | "origin" => Topic::new(letter.mark("evt-dlq-origin"))?,
             other => Topic::new(other)?,
@@ -350,7 +403,8 @@ async fn redrive(session: &Session, letters: &[Letter], to: &str) -> Outcome {
         publisher.enqueue(&topic, vec![event]).await?.await.all()?;
         audit::note(
             session,
-            "redrive",
+            // A letter that stays open is noted under another word.
+            if keep { "copy" } else { "redrive" },
             json!({"letters": [audit::name_of(&letter.place, letter.event.id())], "to": to}),
         )
         .await?;

@@ -7,8 +7,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use eventbus::admin::GroupInfo;
 use eventbus::{Group, Offset, PartitionId, Topic};
 
+use crate::chain;
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
+use crate::listing::Listing;
 use crate::out::Out;
 use crate::out::row;
 use crate::range;
@@ -33,11 +35,14 @@ enum What {
     ///
     /// Examples:
     ///   eventctl -c sqlite://shop.db inspect topics -o table
+    ///   eventctl -c sqlite://shop.db inspect topics --match 'order-*' --sort kept -w
     #[command(verbatim_doc_comment)]
     Topics {
         /// With the framework's own: parking logs, inboxes, notes of tools.
         #[arg(long)]
         internal: bool,
+        #[command(flatten)]
+        listing: Listing,
     },
     /// One topic, by partition.
     ///
@@ -52,11 +57,14 @@ enum What {
     ///
     /// Examples:
     ///   eventctl -c sqlite://shop.db inspect groups --columns group,topic,lag
+    ///   eventctl -c sqlite://shop.db inspect groups --lag-gt 0 --sort lag
     #[command(verbatim_doc_comment)]
     Groups {
         /// With the marks of parking logs.
         #[arg(long)]
         internal: bool,
+        #[command(flatten)]
+        listing: Listing,
     },
     /// One group, by topic and partition.
     ///
@@ -93,11 +101,31 @@ enum What {
     ///
     /// Examples:
     ///   eventctl -c sqlite://shop.db inspect message orders/3@88
+    ///   eventctl -c sqlite://shop.db inspect message orders/3@88 --chain -o table
     #[command(verbatim_doc_comment)]
     Message {
         /// Its place: topic/partition@offset.
         reference: String,
+        /// With so many records of its partition before and after it.
+        #[arg(long, value_name = "N", conflicts_with_all = ["hex", "chain"])]
+        context_window: Option<u64>,
+        /// Its body as bytes.
+        #[arg(long, conflicts_with = "chain")]
+        hex: bool,
+        /// The events that caused it and that it caused, over all topics, as a tree.
+        #[arg(long)]
+        chain: bool,
     },
+}
+
+impl Inspect {
+    /// Whether it does not end by itself.
+    pub(crate) fn follows(&self) -> bool {
+        match &self.what {
+            What::Topics { listing, .. } | What::Groups { listing, .. } => listing.follows(),
+            _ => false,
+        }
+    }
 }
 
 /// Reads `topic/partition@offset`.
@@ -153,15 +181,18 @@ fn by_topic(groups: Vec<GroupInfo>) -> BTreeMap<(String, String), (u64, usize, u
 pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> Outcome {
     let admin = session.admin()?;
     match &inspect.what {
-        What::Topics { internal } => {
-            let shown =
-                admin.topics().await?.into_iter().filter(|info| *internal || !is_internal(&info.topic));
-            let rows = shown.map(|info| {
-                let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
-                let ever: u64 = info.partitions.iter().map(|part| part.next.0).sum();
-                row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept, "ever": ever}
-            });
-            out.rows(rows.collect())
+        What::Topics { internal, listing } => {
+            let rows = async || {
+                let shown =
+                    admin.topics().await?.into_iter().filter(|info| *internal || !is_internal(&info.topic));
+                let rows = shown.map(|info| {
+                    let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
+                    let ever: u64 = info.partitions.iter().map(|part| part.next.0).sum();
+                    row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept, "ever": ever}
+                });
+                Ok(rows.collect())
+            };
+            listing.show(out, "topic", rows).await
         }
         What::Topic { topic } => {
             let info = admin
@@ -174,13 +205,16 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
             });
             out.rows(rows.collect())
         }
-        What::Groups { internal } => {
-            let mut groups = admin.groups(None).await?;
-            groups.retain(|info| *internal || !is_internal(&info.topic));
-            let rows = by_topic(groups).into_iter().map(|((group, topic), (lag, partitions, owned))| {
-                row! {"group": group, "topic": topic, "partitions": partitions, "owned": owned, "lag": lag}
-            });
-            out.rows(rows.collect())
+        What::Groups { internal, listing } => {
+            let rows = async || {
+                let mut groups = admin.groups(None).await?;
+                groups.retain(|info| *internal || !is_internal(&info.topic));
+                let rows = by_topic(groups).into_iter().map(|((group, topic), (lag, partitions, owned))| {
+                    row! {"group": group, "topic": topic, "partitions": partitions, "owned": owned, "lag": lag}
+                });
+                Ok(rows.collect())
+            };
+            listing.show(out, "group", rows).await
         }
         What::Group { group } => {
             let found: Vec<_> =
@@ -198,7 +232,43 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
             let bounds = Bounds { warn: *warn, crit: *crit, max_age: *max_age };
             lag(session, out, group.as_ref(), &bounds, *format).await
         }
-        What::Message { reference } => {
+        What::Message { reference, chain: true, .. } => {
+            let (_, record) = record_at(session, reference).await?;
+            out.rows(chain::chain(session, &record).await?)
+        }
+        What::Message { reference, hex: true, .. } => {
+            let (_, record) = record_at(session, reference).await?;
+            let body = match &record.content {
+                eventbus::Content::Envelope(event) => event.payload().cloned(),
+                eventbus::Content::Undecodable(bad) => bad.raw.clone(),
+                _ => None,
+            };
+            let body = body.unwrap_or_default();
+            body.chunks(16).enumerate().try_for_each(|(at, bytes)| {
+                let hex: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                let shown: String =
+                    bytes.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '.' }).collect();
+                out.line(format_args!("{:08x}  {:47}  {shown}", at * 16, hex.join(" ")))
+            })
+        }
+        What::Message { reference, context_window: Some(n), .. } => {
+            let (topic, record) = record_at(session, reference).await?;
+            let from = Offset(record.offset.0.saturating_sub(*n));
+            let first = admin.topic(&topic).await?.and_then(|info| {
+                info.partitions
+                    .iter()
+                    .find(|known| known.partition == record.partition)
+                    .map(|known| known.first)
+            });
+            let from = from.max(first.unwrap_or_default());
+            let max = (record.offset.0 - from.0 + n + 1) as usize;
+            let around = admin.read(&topic, record.partition, from, max).await?;
+            around
+                .iter()
+                .try_for_each(|record| out.record(record::to_json(&session.broker, &topic, record, None)))?;
+            out.end()
+        }
+        What::Message { reference, .. } => {
             let (topic, record) = record_at(session, reference).await?;
             let json = record::to_json(&session.broker, &topic, &record, None);
             out.document(&json)

@@ -1,6 +1,7 @@
 //! `eventctl`: publish, tail, inspect, replay and redrive, with the same words on every transport.
 
 mod audit;
+mod chain;
 mod cloudevents;
 mod context;
 mod dlq;
@@ -9,6 +10,7 @@ mod exit;
 mod held;
 mod inspect;
 mod jq;
+mod listing;
 mod out;
 mod progress;
 mod publish;
@@ -90,7 +92,7 @@ struct Cli {
     /// Gives up after so long; commands that follow do not.
     #[arg(long, global = true, env = "EVENTCTL_TIMEOUT", default_value = "10m", value_parser = range::duration)]
     timeout: Duration,
-    /// Never asks.
+    /// Never asks. What needs a confirmation is refused then, and the error names the flag.
     #[arg(long, global = true)]
     no_input: bool,
     /// The name of the protected context that may be written to, or of what is to be destroyed; may be repeated.
@@ -149,7 +151,11 @@ async fn main() -> ExitCode {
         tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
     }
     let work = run(&cli);
-    let follows = matches!(&cli.command, Command::Tail(tail) if tail.follow);
+    let follows = match &cli.command {
+        Command::Tail(tail) => tail.follow,
+        Command::Inspect(inspect) => inspect.follows(),
+        _ => false,
+    };
     let limited = async {
         if follows {
             return work.await;

@@ -6,9 +6,11 @@ use std::task::Poll;
 use clap::Args;
 use eventbus::admin::{Admin, Record};
 use eventbus::{Content, Envelope, Offset, Topic};
+use regex_lite::Regex;
 
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
+use crate::listing::regex;
 use crate::range::{Bound, Range, Span};
 use crate::record;
 
@@ -30,8 +32,8 @@ pub(crate) struct Filter {
     /// Only events with this header.
     #[arg(long = "header", value_name = "NAME=VALUE")]
     pub headers: Vec<String>,
-    /// Only events whose body holds this text.
-    #[arg(long, value_name = "TEXT")]
+    /// Only events whose body holds this regular expression.
+    #[arg(long, value_name = "RE")]
     pub grep: Option<String>,
     /// Only records for which this jq filter is true, such as '.value.data.amount > 100'.
     #[arg(long = "where", value_name = "JQ")]
@@ -45,7 +47,9 @@ impl Filter {
     /// # Errors
     /// Usage: `--where` is not a filter.
     pub(crate) fn ready<'a>(&'a self, broker: &'a str) -> Outcome<Wanted<'a>> {
-        Ok(Wanted { filter: self, jq: self.jq.as_deref().map(Jq::compile).transpose()?, broker })
+        let jq = self.jq.as_deref().map(Jq::compile).transpose()?;
+        let grep = self.grep.as_deref().map(regex).transpose()?;
+        Ok(Wanted { filter: self, grep, jq, broker })
     }
 
     /// What can be said without the body's structure.
@@ -59,16 +63,11 @@ impl Filter {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             event.headers().all(name).any(|found| found == value.as_bytes())
         };
-        let holds = |text: &String| {
-            let body = event.payload().map(|payload| String::from_utf8_lossy(payload));
-            body.is_some_and(|body| body.contains(text.as_str()))
-        };
         same(&self.key, key.as_deref())
             && same(&self.event_type, Some(event.event_type()))
             && same(&self.id, Some(&event.id().to_string()))
             && same(&self.correlation, event.extension("correlationid"))
             && self.headers.iter().all(header)
-            && self.grep.as_ref().is_none_or(holds)
     }
 
     /// Whether records that are no events are wanted too: a jq filter sees them as they are.
@@ -86,6 +85,7 @@ impl Filter {
 #[derive(Debug)]
 pub(crate) struct Wanted<'a> {
     filter: &'a Filter,
+    grep: Option<Regex>,
     jq: Option<Jq>,
     broker: &'a str,
 }
@@ -96,7 +96,9 @@ impl Wanted<'_> {
     /// # Errors
     /// Usage: the jq filter fails on this record.
     pub(crate) fn takes(&self, topic: &Topic, record: &Record) -> Outcome<bool> {
-        if !self.filter.takes(&record.content) {
+        let body = event(record).and_then(Envelope::payload).map(|body| String::from_utf8_lossy(body));
+        let holds = |grep: &Regex| body.as_ref().is_some_and(|body| grep.is_match(body));
+        if !self.filter.takes(&record.content) || !self.grep.as_ref().is_none_or(holds) {
             return Ok(false);
         }
         let Some(jq) = &self.jq else { return Ok(true) };

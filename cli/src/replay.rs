@@ -86,6 +86,18 @@ enum Ids {
     New,
 }
 
+/// Names of headers that are left out.
+#[derive(Debug, Clone, Default)]
+struct Strip(Vec<String>);
+
+fn strip(text: &str) -> Result<Strip, String> {
+    match text.strip_prefix("strip=") {
+        Some(names) => Ok(Strip(names.split(',').map(str::to_owned).collect())),
+        None if text == "keep" => Ok(Strip::default()),
+        None => Err("expected keep, or strip=NAME,NAME".into()),
+    }
+}
+
 #[derive(Debug, Args)]
 struct Flags {
     /// The topic to read, or the file of a plan.
@@ -100,6 +112,12 @@ struct Flags {
     /// What becomes of the ids.
     #[arg(long, value_enum, default_value = "keep")]
     ids: Ids,
+    /// Leaves events with an absent body out.
+    #[arg(long)]
+    skip_tombstones: bool,
+    /// What becomes of the headers: keep, or strip=NAME,NAME. Those of the last hop's trace always go.
+    #[arg(id = "headers_policy", long = "headers", value_name = "keep|strip=NAMES", default_value = "keep", value_parser = strip)]
+    headers: Strip,
     /// Publishes what this jq filter makes of each record, such as '.value.data.note = null'.
     #[arg(long, value_name = "JQ")]
     edit: Option<String>,
@@ -135,6 +153,10 @@ struct Job {
     ids: Ids,
     #[serde(default)]
     edit: Option<String>,
+    #[serde(default)]
+    skip_tombstones: bool,
+    #[serde(default)]
+    strip: Vec<String>,
     max: Option<u64>,
     max_replays: u32,
     /// Published before this.
@@ -179,6 +201,8 @@ impl Job {
             filter: flags.filter.clone(),
             ids: flags.ids,
             edit: flags.edit.clone(),
+            skip_tombstones: flags.skip_tombstones,
+            strip: flags.headers.0.clone(),
             max: (!flags.all).then_some(flags.max),
             max_replays: flags.max_replays,
             published: 0,
@@ -213,6 +237,11 @@ impl Job {
         let publisher = session.bus.transport().publisher().await?;
         publisher.enqueue(&Topic::new(REPLAYS)?, vec![note]).await?.await.all()?;
         Ok(())
+    }
+
+    /// Whether an event is of a kind that is replayed.
+    fn carries(&self, event: &Envelope) -> bool {
+        !(self.skip_tombstones && event.payload().is_none())
     }
 
     /// What is left begins behind this record.
@@ -272,7 +301,7 @@ async fn count(session: &Session, job: &Job) -> Outcome<Plan> {
     let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     while let Some(record) = reader.next().await? {
         plan.n_scanned += 1;
-        let Some(found) = event(&record) else { continue };
+        let Some(found) = event(&record).filter(|found| job.carries(found)) else { continue };
         if !wanted.takes(&source, &record)? {
             continue;
         }
@@ -329,13 +358,13 @@ async fn execute_job(
         let done = record.is_none();
         if let Some(record) = record {
             passed.push((record.partition.0, record.offset.0));
-            if let Some(found) = event(&record)
+            if let Some(found) = event(&record).filter(|found| job.carries(found))
                 && n_replays(found) < job.max_replays
                 && wanted.takes(&source, &record)?
             {
                 let event =
                     edited(session, edit.as_ref(), &source, &record)?.unwrap_or_else(|| found.clone());
-                batch.push(copy(&event, job.ids, &job.id, &record::reference(&source, &record)));
+                batch.push(copy(&event, &job, &record::reference(&source, &record)));
             }
         }
         if batch.len() >= window || passed.len() >= MAX_PASSED || done {
@@ -401,9 +430,11 @@ fn n_replays(event: &Envelope) -> u32 {
 }
 
 /// The event as it goes out again: this hop's trace context goes, the journey's stays.
-fn copy(event: &Envelope, ids: Ids, replay: &str, of: &str) -> Envelope {
-    let hop =
-        |name: &str| name.eq_ignore_ascii_case("traceparent") || name.eq_ignore_ascii_case("tracestate");
+fn copy(event: &Envelope, job: &Job, of: &str) -> Envelope {
+    let (ids, replay) = (job.ids, job.id.as_str());
+    let goes = ["traceparent", "tracestate"].into_iter().chain(job.strip.iter().map(String::as_str));
+    let goes: Vec<&str> = goes.collect();
+    let hop = |name: &str| goes.iter().any(|gone| name.eq_ignore_ascii_case(gone));
     let copy = event
         .clone()
         .with_headers(event.headers().without(hop))

@@ -188,3 +188,66 @@ fn what_destroys_is_in_the_audit() {
     assert_eq!((&said[0]["action"], &said[0]["details"]["events"]), (&"purge".into(), &2.into()));
     assert_eq!((&said[1]["action"], &said[1]["details"]["topic"]), (&"delete".into(), &"orders".into()));
 }
+
+#[test]
+fn lists_are_matched_and_sorted() {
+    let shell = Shell::new();
+    for (topic, n) in [("order-a", 1), ("order-b", 3), ("payments", 2)] {
+        amounts(&shell, topic, &vec![1; n]);
+    }
+    shell.ok(&["topic", "create", "order-none"]);
+    let names = |flags: &[&str]| -> Vec<String> {
+        let rows = shell.lines(&[&["inspect", "topics"], flags].concat());
+        rows.iter().map(|row| row["topic"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(names(&["--match", "order-*", "--sort", "kept"]), ["order-b", "order-a", "order-none"]);
+    assert_eq!(names(&["--regex", "^pay|-b$", "--sort", "topic"]), ["order-b", "payments"]);
+    assert_eq!(names(&["--empty"]), ["order-none"]);
+    assert_eq!(shell.code(&["inspect", "topics", "--regex", "("]).0, 2);
+    assert_eq!(shell.code(&["inspect", "topics", "--sort", "nothing"]).0, 2);
+    // It goes on until somebody ends it.
+    let url = shell.url("a");
+    let mut watch = shell.command(&["-c", &url, "inspect", "topics", "--watch=50ms"]);
+    let mut watch = watch.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(watch.stdout.take().unwrap()));
+    assert_eq!(lines.take(9).filter(Result::is_ok).count(), 9);
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    let grep = |re: &str| shell.ok(&["tail", "order-b", "--grep", re]).lines().count();
+    assert_eq!((grep("amount.:1}"), grep("^x")), (3, 0));
+}
+
+#[test]
+fn a_message_is_shown_among_its_like() {
+    let shell = Shell::new();
+    shell.ok(&["topic", "create", "orders", "--partitions", "1"]);
+    for n in 0..5 {
+        let (cause, id) = (format!("causationid=e{}", n - 1), format!("e{n}"));
+        shell.ok(&["publish", "orders", &format!("body {n}"), "--id", &id, "--ce", &cause, "--type", "step"]);
+    }
+    shell.ok(&["publish", "others", "x", "--id", "other", "--ce", "causationid=e2", "--type", "side"]);
+    let around = shell.lines(&["inspect", "message", "orders/0@1", "--context-window", "2"]);
+    assert_eq!(
+        around.iter().map(|record| record["offset"].as_u64().unwrap()).collect::<Vec<_>>(),
+        [0, 1, 2, 3]
+    );
+    let hex = shell.ok(&["inspect", "message", "orders/0@1", "--hex"]);
+    assert!(hex.starts_with("00000000  62 6f 64 79 20 31 ") && hex.trim_end().ends_with("body.1"), "{hex}");
+    let chain = shell.lines(&["inspect", "message", "orders/0@2", "--chain"]);
+    let tree: Vec<_> = chain.iter().map(|row| row["event"].as_str().unwrap()).collect();
+    assert_eq!(tree, ["step", "  step", "    step*", "      step", "        step", "      side"]);
+}
+
+#[test]
+fn a_replay_leaves_out_what_it_is_told_to() {
+    let shell = Shell::new();
+    shell.ok(&["publish", "orders", "{}", "-H", "tenant=a", "-H", "secret=x", "-k", "1"]);
+    shell.ok(&["publish", "orders", "--null", "-k", "2"]);
+    let flags = ["--to", "copy", "--skip-tombstones", "--headers", "strip=secret,nothing", "--execute"];
+    shell.ok(&[&["replay", "run", "orders"], &flags[..]].concat());
+    let copies = shell.lines(&["tail", "copy"]);
+    let names: Vec<_> =
+        copies[0]["headers"].as_array().unwrap().iter().map(|h| h[0].as_str().unwrap()).collect();
+    assert!(copies.len() == 1 && names.contains(&"tenant") && !names.contains(&"secret"), "{copies:?}");
+    assert_eq!(shell.code(&["replay", "run", "orders", "--to", "x", "--headers", "some"]).0, 2);
+}

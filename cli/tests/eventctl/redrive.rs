@@ -74,6 +74,14 @@ async fn a_redriven_letter_goes_only_to_the_handler_that_failed() {
     );
     let grouped = ctl(&["dlq", "list", "--group-by", "reason"]);
     assert!(grouped.contains("\"count\":3"), "{grouped}");
+    assert!(ctl(&["dlq", "list", "--group-by", "exception"]).contains("no answer"));
+    assert_eq!(ctl(&["dlq", "list", "--since", "1h"]).lines().count(), 3);
+    // Copies elsewhere, mended, leave the letters open.
+    let edit = [".value.data.order += 100", "--to", "copies", "--keep", "--rate", "200/s", "--execute"];
+    ctl(&[&["dlq", "redrive", "--reason", "billing.down", "--edit"], &edit[..]].concat());
+    let copies = ctl(&["tail", "copies", "--select", ".value.data.order"]);
+    assert_eq!(copies.lines().filter(|order| order.starts_with("10")).count(), 3, "{copies}");
+    assert_eq!(ctl(&["dlq", "list"]).lines().count(), 3, "they were to stay open");
     world.down.store(false, Ordering::SeqCst);
     ctl(&["dlq", "redrive", "--reason", "billing.down"]);
     assert_eq!(ctl(&["dlq", "list"]).lines().count(), 3, "a preview must change nothing");
