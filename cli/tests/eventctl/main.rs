@@ -4,6 +4,7 @@
 mod care;
 mod filters;
 mod redrive;
+mod schemas;
 mod shell;
 
 use std::io::Write;
