@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use eventbus::{Envelope, Group, Polled, Settle, Subscription, Topic};
 
 use crate::context::Session;
@@ -12,11 +13,37 @@ use crate::out::row;
 /// How long the canary may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db doctor -o table
+///   eventctl -c sqlite://shop.db doctor --fix-hints
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct Doctor {
+    /// Says what to do about each finding.
+    #[arg(long)]
+    fix_hints: bool,
+}
+
+/// What to do about a finding; nothing about what is well.
+fn hint(check: &str, state: &str, detail: &str) -> Option<&'static str> {
+    match (check, state) {
+        ("dead letters", _) if detail != "0" => Some("eventctl dlq list --group-by reason"),
+        ("lag of all groups", _) if detail != "0" => Some("eventctl inspect groups --lag-gt 0 --sort lag"),
+        (_, "ok") => None,
+        ("integrity", _) => Some("stop the programs, keep a copy of the file, and restore the last good one"),
+        ("journal mode", _) => Some("open it with a program of this framework: it sets the write-ahead log"),
+        ("library", _) => Some("build with the bundled SQLite, or a system one of 3.51.3 or later"),
+        _ => Some("look at the detail, then again with -v"),
+    }
+}
+
 /// Runs the checks; each is a row.
 ///
 /// # Errors
 /// Check: one of them is false.
-pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
+pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Outcome {
     let mut rows = Vec::new();
     let mut failed = Vec::new();
     let mut check = |name: &str, outcome: Result<String, String>| {
@@ -27,7 +54,11 @@ pub(crate) async fn run(session: &Session, out: &mut Out) -> Outcome {
                 ("FAILED", detail)
             }
         };
-        rows.push(row! {"check": name, "state": state, "detail": detail});
+        let mut row = row! {"check": name, "state": state, "detail": detail};
+        if doctor.fix_hints {
+            row.insert("hint".into(), hint(name, state, &detail).into());
+        }
+        rows.push(row);
     };
     let admin = session.admin()?;
     let topics = admin.topics().await;

@@ -119,12 +119,7 @@ enum Command {
     Replay(replay::Replay),
     Dlq(dlq::Dlq),
     Topic(topic::TopicCommand),
-    /// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
-    ///
-    /// Examples:
-    ///   eventctl -c sqlite://shop.db doctor -o table
-    #[command(verbatim_doc_comment)]
-    Doctor,
+    Doctor(doctor::Doctor),
     Context(context::ContextCommand),
     /// Writes a completion script.
     ///
@@ -232,7 +227,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Replay(replay) => replay::run(&session, replay, cli.progress(), &mut out).await,
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
-        Command::Doctor => doctor::run(&session, &mut out).await,
+        Command::Doctor(doctor) => doctor::run(&session, doctor, &mut out).await,
         Command::Context(_) | Command::Completions { .. } | Command::Version => Ok(()),
     };
     let closed = session.bus.close().await;

@@ -1,6 +1,6 @@
 //! `publish`: one event from the command line, or many from files and pipes.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -51,9 +51,9 @@ pub(crate) struct Publish {
     pub dest: Topic,
     /// The body; - reads standard input.
     pub body: Option<String>,
-    /// Reads a file instead.
+    /// Reads files instead, in this order; repeatable. With --input raw each is one body.
     #[arg(short, long, value_name = "FILE", conflicts_with = "body")]
-    pub file: Option<PathBuf>,
+    pub file: Vec<PathBuf>,
     /// How the input is cut into events.
     #[arg(long, value_enum, default_value = "raw")]
     pub input: Input,
@@ -113,6 +113,23 @@ pub(crate) struct Publish {
 /// Lines read ahead.
 const WINDOW: usize = 256;
 
+fn open(path: &PathBuf) -> Outcome<BufReader<std::fs::File>> {
+    let file = std::fs::File::open(path);
+    file.map(BufReader::new).map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))
+}
+
+/// Whether the last line of a file has its end, so that that of the next file does not become a part of it.
+fn ends_in_a_line(path: &PathBuf) -> bool {
+    let last = || -> std::io::Result<u8> {
+        let mut file = std::fs::File::open(path)?;
+        file.seek(std::io::SeekFrom::End(-1))?;
+        let mut last = [0];
+        file.read_exact(&mut last).map(|()| last[0])
+    };
+    // What cannot be sought is no plain file, and ends where it ends; an empty one has no line.
+    last().map_or(true, |last| last == b'\n')
+}
+
 fn pair(text: &str) -> Outcome<(&str, &str)> {
     text.split_once('=').ok_or_else(|| Failure::Usage(format!("expected NAME=VALUE: {text}")))
 }
@@ -155,15 +172,19 @@ impl Publish {
     }
 
     fn source(&self) -> Outcome<Box<dyn BufRead + Send>> {
-        match (&self.file, self.body.as_deref()) {
-            (Some(path), _) => {
-                let file = std::fs::File::open(path)
-                    .map_err(|error| Failure::Usage(format!("{}: {error}", path.display())))?;
-                Ok(Box::new(BufReader::new(file)))
+        match self.body.as_deref() {
+            _ if !self.file.is_empty() => {
+                let mut all: Box<dyn BufRead + Send> = Box::new(std::io::empty());
+                for path in &self.file {
+                    let file = open(path)?;
+                    let end: &[u8] = if ends_in_a_line(path) { b"" } else { b"\n" };
+                    all = Box::new(all.chain(file).chain(end));
+                }
+                Ok(all)
             }
-            (None, Some("-")) => Ok(Box::new(BufReader::new(std::io::stdin()))),
-            (None, Some(body)) => Ok(Box::new(std::io::Cursor::new(body.to_owned()))),
-            (None, None) => Err(Failure::Usage("give a body, - for standard input, --file or --null".into())),
+            Some("-") => Ok(Box::new(BufReader::new(std::io::stdin()))),
+            Some(body) => Ok(Box::new(std::io::Cursor::new(body.to_owned()))),
+            None => Err(Failure::Usage("give a body, - for standard input, --file or --null".into())),
         }
     }
 
@@ -210,6 +231,12 @@ pub(crate) async fn run(
         repeat(&mut sender, publish, progress).await?;
     } else if publish.null {
         sender.send(vec![publish.event(None)?]).await?;
+    } else if publish.input == Input::Raw && !publish.file.is_empty() {
+        for path in &publish.file {
+            let mut body = Vec::new();
+            open(path)?.read_to_end(&mut body)?;
+            sender.send(vec![publish.event(Some(body))?]).await?;
+        }
     } else if publish.input == Input::Raw {
         let mut source = publish.source()?;
         let mut body = on_thread(move |sender| {

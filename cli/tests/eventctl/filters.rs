@@ -251,3 +251,20 @@ fn a_replay_leaves_out_what_it_is_told_to() {
     assert!(copies.len() == 1 && names.contains(&"tenant") && !names.contains(&"secret"), "{copies:?}");
     assert_eq!(shell.code(&["replay", "run", "orders", "--to", "x", "--headers", "some"]).0, 2);
 }
+
+#[test]
+fn several_files_are_input() {
+    let shell = Shell::new();
+    for (name, text) in [("a.jsonl", "{\"n\":1}\n{\"n\":2}"), ("b.jsonl", "{\"n\":3}\n")] {
+        std::fs::write(shell.folder().join(name), text).unwrap();
+    }
+    let files = ["-f", "a.jsonl", "-f", "b.jsonl"];
+    shell.ok(&[&["publish", "lines", "--input", "jsonl", "-k", "1"], &files[..]].concat());
+    assert_eq!(shell.ok(&["tail", "lines", "--select", ".value.data.n"]), "1\n2\n3\n");
+    shell.ok(&[&["publish", "bodies", "-k", "1"], &files[..]].concat());
+    assert_eq!(shell.ok(&["tail", "bodies", "--select", ".size"]), "15\n8\n");
+    let (code, stderr) = shell.code(&["publish", "bodies", "-f", "missing"]);
+    assert!(code == 2 && stderr.contains("missing"), "{code} {stderr}");
+    let hints = shell.lines(&["doctor", "--fix-hints"]);
+    assert!(hints.iter().all(|row| row.get("hint").is_some()), "{hints:?}");
+}
