@@ -146,6 +146,7 @@ enum What {
 }
 
 struct Letter {
+    topic: Topic,
     place: String,
     record: Record,
     event: Envelope,
@@ -158,14 +159,8 @@ impl Letter {
 
     /// Replaces the body and what else a jq filter changes; the marks of the letter stay.
     fn edit(&mut self, session: &Session, edit: &Jq) -> Outcome {
-        let topic = Topic::new(self.place.rsplit_once('/').map_or("", |(topic, _)| topic))?;
-        let made = edit.one(&record::to_json(&session.broker, &topic, &self.record, None))?;
-        self.event = record::from_json(&made)?;
+        self.event = record::edited(&session.broker, &self.topic, &self.record, edit)?;
         Ok(())
-    }
-
-    fn n_replays(&self) -> u32 {
-        self.event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -185,7 +180,7 @@ async fn letters(session: &Session, dest: Option<&Topic>, filter: &Filter) -> Ou
             let place = record::reference(&info.topic, &record);
             let Some(event) = event(&record).cloned() else { continue };
             if filter.takes(&info.topic, &record)? && !settled.contains(&audit::name_of(&place, event.id())) {
-                found.push(Letter { place, record, event });
+                found.push(Letter { topic: info.topic.clone(), place, record, event });
             }
         }
     }
@@ -316,8 +311,9 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
                 let why = "is no event that a handler could take: choose others, or give --to TOPIC";
                 return Err(Failure::Refused(format!("{} {why}", letter.place)));
             }
-            let n_tired = chosen.iter().filter(|letter| letter.n_replays() >= *max_replays).count();
-            chosen.retain(|letter| letter.n_replays() < *max_replays);
+            let n_tired =
+                chosen.iter().filter(|letter| record::n_replays(&letter.event) >= *max_replays).count();
+            chosen.retain(|letter| record::n_replays(&letter.event) < *max_replays);
             if !all {
                 chosen.truncate(*max);
             }
@@ -386,7 +382,7 @@ async fn redrive(session: &Session, letters: &[Letter], to: &str, rate: Option<f
             "handler" | "origin" => Topic::new(letter.mark("evt-dlq-origin"))?,
             other => Topic::new(other)?,
         };
-        let count = letter.n_replays() + 1;
+        let count = record::n_replays(&letter.event) + 1;
         let mut event = letter
             .event
             .clone()

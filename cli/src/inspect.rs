@@ -238,13 +238,7 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
         }
         What::Message { reference, hex: true, .. } => {
             let (_, record) = record_at(session, reference).await?;
-            let body = match &record.content {
-                eventbus::Content::Envelope(event) => event.payload().cloned(),
-                eventbus::Content::Undecodable(bad) => bad.raw.clone(),
-                _ => None,
-            };
-            let body = body.unwrap_or_default();
-            body.chunks(16).enumerate().try_for_each(|(at, bytes)| {
+            record::bytes(&record).chunks(16).enumerate().try_for_each(|(at, bytes)| {
                 let hex: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
                 let shown: String =
                     bytes.iter().map(|b| if b.is_ascii_graphic() { char::from(*b) } else { '.' }).collect();

@@ -5,12 +5,14 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use bytes::Bytes;
 use eventbus::admin::Record;
 use eventbus::time::{from_rfc3339, to_rfc3339};
 use eventbus::{Content, Envelope, EventId, Headers, Key, Topic};
 use serde_json::{Value, json};
 
 use crate::exit::{Failure, Outcome};
+use crate::jq::Jq;
 
 /// The attributes that have a place of their own in an envelope.
 const KNOWN: [&str; 8] =
@@ -65,6 +67,29 @@ pub(crate) fn reference(topic: &Topic, record: &Record) -> String {
     format!("{topic}/{}@{}", record.partition, record.offset)
 }
 
+/// The bytes that are stored as its body: none if it has no body.
+pub(crate) fn bytes(record: &Record) -> Bytes {
+    let body = match &record.content {
+        Content::Envelope(event) => event.payload().cloned(),
+        Content::Undecodable(bad) => bad.raw.clone(),
+        _ => None,
+    };
+    body.unwrap_or_default()
+}
+
+/// The event that a jq filter makes of a record.
+///
+/// # Errors
+/// The filter fails, or what it makes is no record.
+pub(crate) fn edited(broker: &str, topic: &Topic, record: &Record, edit: &Jq) -> Outcome<Envelope> {
+    from_json(&edit.one(&to_json(broker, topic, record, None))?)
+}
+
+/// How often an event was replayed or redriven.
+pub(crate) fn n_replays(event: &Envelope) -> u32 {
+    event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
 /// Whether a name in wire form is that of an attribute.
 fn is_attribute(name: &str) -> bool {
     name.starts_with("ce_") || name.starts_with("evt-") || name == "content-type"
@@ -107,7 +132,7 @@ pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: O
         }
         _ => (Vec::new(), None, None, Value::String("content of a newer kind".into())),
     };
-    let size = payload.as_ref().map_or(0, bytes::Bytes::len);
+    let size = payload.as_ref().map_or(0, Bytes::len);
     let shown = payload.as_ref().map(|payload| payload.slice(..size.min(max_bytes.unwrap_or(usize::MAX))));
     let truncated = shown.as_ref().is_some_and(|shown| shown.len() < size);
     let ce: serde_json::Map<String, Value> = found

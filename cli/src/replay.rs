@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use eventbus::admin::Record;
 use eventbus::{Envelope, EventId, Offset, PartitionId, Topic};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -308,7 +307,9 @@ async fn count(session: &Session, job: &Job) -> Outcome<Plan> {
         plan.count(found, job.max_replays);
         if plan.sample.len() < SAMPLE {
             // What cannot be edited is found before anything is written.
-            edited(session, edit.as_ref(), &source, &record)?;
+            if let Some(edit) = &edit {
+                record::edited(&session.broker, &source, &record, edit)?;
+            }
             plan.sample.push(record::reference(&source, &record));
         }
     }
@@ -359,12 +360,14 @@ async fn execute_job(
         if let Some(record) = record {
             passed.push((record.partition.0, record.offset.0));
             if let Some(found) = event(&record).filter(|found| job.carries(found))
-                && n_replays(found) < job.max_replays
+                && record::n_replays(found) < job.max_replays
                 && wanted.takes(&source, &record)?
             {
-                let event =
-                    edited(session, edit.as_ref(), &source, &record)?.unwrap_or_else(|| found.clone());
-                batch.push(copy(&event, &job, &record::reference(&source, &record)));
+                let changed =
+                    edit.as_ref().map(|edit| record::edited(&session.broker, &source, &record, edit));
+                let changed = changed.transpose()?;
+                let of = record::reference(&source, &record);
+                batch.push(copy(changed.as_ref().unwrap_or(found), &job, &of));
             }
         }
         if batch.len() >= window || passed.len() >= MAX_PASSED || done {
@@ -418,17 +421,6 @@ async fn arrived(session: &Session, to: &Topic, id: &str) -> Outcome<u64> {
     Ok(n)
 }
 
-/// The event that a filter makes of a record, if there is one.
-fn edited(session: &Session, edit: Option<&Jq>, topic: &Topic, record: &Record) -> Outcome<Option<Envelope>> {
-    let Some(edit) = edit else { return Ok(None) };
-    let made = edit.one(&record::to_json(&session.broker, topic, record, None))?;
-    record::from_json(&made).map(Some)
-}
-
-fn n_replays(event: &Envelope) -> u32 {
-    event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
-}
-
 /// The event as it goes out again: this hop's trace context goes, the journey's stays.
 fn copy(event: &Envelope, job: &Job, of: &str) -> Envelope {
     let (ids, replay) = (job.ids, job.id.as_str());
@@ -440,7 +432,7 @@ fn copy(event: &Envelope, job: &Job, of: &str) -> Envelope {
         .with_headers(event.headers().without(hop))
         .with_extension("evt-replay-id", replay)
         .with_extension("evt-replay-of", of)
-        .with_extension("evt-replay-count", (n_replays(event) + 1).to_string());
+        .with_extension("evt-replay-count", (record::n_replays(event) + 1).to_string());
     match ids {
         Ids::Keep => copy,
         // The same for the same replay, so that what is repeated after an interruption is one event.
@@ -462,7 +454,7 @@ struct Plan {
 
 impl Plan {
     fn count(&mut self, event: &Envelope, max_replays: u32) {
-        if n_replays(event) >= max_replays {
+        if record::n_replays(event) >= max_replays {
             self.n_tired += 1;
             return;
         }

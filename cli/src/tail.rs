@@ -179,12 +179,7 @@ fn fill(template: &str, time: Time, topic: &Topic, record: &Record) -> String {
 fn save(folder: &std::path::Path, topic: &Topic, record: &Record) -> Outcome {
     std::fs::create_dir_all(folder)?;
     let name = record::reference(topic, record).replace(['/', '@'], "_");
-    let body = match &record.content {
-        eventbus::Content::Envelope(event) => event.payload().cloned(),
-        eventbus::Content::Undecodable(bad) => bad.raw.clone(),
-        _ => None,
-    };
-    Ok(std::fs::write(folder.join(name), body.unwrap_or_default())?)
+    Ok(std::fs::write(folder.join(name), record::bytes(record))?)
 }
 
 /// Writes records in the form asked for.
