@@ -3,20 +3,23 @@
 use tokio::time::Instant;
 
 use super::check::{ensure, ensure_eq};
-use super::cx::{Book, Checked, Cx, fails_as};
+use super::cx::{Book, Checked, Cx, Member, Setup, fails_as};
 use crate::capability::Lease;
 use crate::error::ErrorKind;
-use crate::transport::Settle;
+use crate::transport::{Delivery, Settle};
 
-pub(super) async fn expired_lease_redelivers(mut cx: Cx) -> Checked {
-    let s = cx.setup().await?;
-    let lease = cx.settings().lease;
-    let group = cx.group("leased")?;
-    let mut member = cx
-        .subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease))
-        .await?;
+/// A member with short leases, and the one event that it took.
+async fn leased_one(cx: &mut Cx, s: &Setup) -> Checked<(Member, Vec<Delivery>)> {
+    let subscription = cx.subscription(&s.transport, &s.topic, &cx.group("leased")?);
+    let mut member = cx.subscribe(&s.transport, &subscription.with_lease(cx.settings().lease)).await?;
     s.publish(&cx.events(1, 1)).await?;
     let got = member.take(1).await?;
+    Ok((member, got))
+}
+
+pub(super) async fn expired_lease_redelivers(mut cx: Cx) -> Checked {
+    let (s, lease) = (cx.setup().await?, cx.settings().lease);
+    let (mut member, got) = leased_one(&mut cx, &s).await?;
     if s.capabilities.lease == Lease::None {
         ensure!(got[0].lease_until.is_none(), "a lease without the claim");
         ensure!(member.poll_within(1, lease * 2).await?.is_none(), "it returned while its consumer lives");
@@ -33,14 +36,8 @@ pub(super) async fn expired_lease_redelivers(mut cx: Cx) -> Checked {
 }
 
 pub(super) async fn renewed_lease_holds(mut cx: Cx) -> Checked {
-    let s = cx.setup().await?;
-    let lease = cx.settings().lease;
-    let group = cx.group("leased")?;
-    let mut member = cx
-        .subscribe(&s.transport, &cx.subscription(&s.transport, &s.topic, &group).with_lease(lease))
-        .await?;
-    s.publish(&cx.events(1, 1)).await?;
-    let got = member.take(1).await?;
+    let (s, lease) = (cx.setup().await?, cx.settings().lease);
+    let (mut member, got) = leased_one(&mut cx, &s).await?;
     if s.capabilities.lease < Lease::Extendable {
         let refused = member.consumer.renew(&[got[0].token], lease).await;
         return fails_as("renew", refused, &[ErrorKind::Unsupported]).map(drop);
