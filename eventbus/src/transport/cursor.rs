@@ -5,8 +5,8 @@
 //!  ─────────────────┤ S │ hand │ S │ waiting │ hand │ … ├──────────▶ the log
 //!                     ◀────────── slots ──────────────▶
 //! ```
-//! Shared by the transports that keep deliveries themselves. It does no input or output and reads no
-//! clock: the caller passes the time.
+//! Shared by the transports that keep deliveries themselves. Offsets ascend and may have gaps. It does no
+//! input or output and reads no clock: the caller passes the time.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroU32;
@@ -31,6 +31,7 @@ pub(crate) enum Order {
 /// An event as the log holds it.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
+    pub(crate) offset: u64,
     pub(crate) content: Content,
     /// Bytes that count against a window.
     pub(crate) size: usize,
@@ -83,6 +84,7 @@ enum Counted {
 
 #[derive(Debug)]
 struct Slot {
+    offset: u64,
     state: State,
     attempt: NonZeroU32,
     handout: u16,
@@ -101,8 +103,10 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Cursor {
     order: Order,
-    floor: u64,
+    /// Everything that was read and is not below the floor, by offset.
     slots: VecDeque<Slot>,
+    /// Where the log is to be read next.
+    next: u64,
     /// Waiting offsets of each key that is held back; the first of each is in `due`.
     held: HashMap<Option<Key>, BTreeSet<u64>>,
     /// Waiting events that nothing holds back, by the time they may go out.
@@ -118,8 +122,8 @@ impl Cursor {
     pub(crate) fn new(order: Order, floor: u64) -> Self {
         Self {
             order,
-            floor,
             slots: VecDeque::new(),
+            next: floor,
             held: HashMap::new(),
             due: BTreeSet::new(),
             n_in_hand: 0,
@@ -135,12 +139,21 @@ impl Cursor {
 
     /// Every offset below is settled.
     pub(crate) fn floor(&self) -> u64 {
-        self.floor
+        self.slots.front().map_or(self.next, |slot| slot.offset)
     }
 
     /// The next offset to be read from the log.
     pub(crate) fn next(&self) -> u64 {
-        self.floor + self.slots.len() as u64
+        self.next
+    }
+
+    /// Where in `slots` an offset is; at once where offsets have no gaps.
+    fn index(&self, offset: u64) -> Option<usize> {
+        let guess = usize::try_from(offset.checked_sub(self.slots.front()?.offset)?).ok()?;
+        if self.slots.get(guess).is_some_and(|slot| slot.offset == offset) {
+            return Some(guess);
+        }
+        self.slots.binary_search_by_key(&offset, |slot| slot.offset).ok()
     }
 
     /// How many events are in hand, and their bytes.
@@ -170,17 +183,12 @@ impl Cursor {
 
     /// Takes the next event of the log. Returns it if nothing holds it back.
     pub(crate) fn read(&mut self, entry: Entry, until: Instant) -> Option<Handed> {
-        let offset = self.next();
+        let offset = entry.offset;
+        debug_assert!(offset >= self.next, "an entry from behind the reader");
+        self.next = offset + 1;
         let (attempt, due) = match entry.past {
             Past::Settled => {
-                self.slots.push_back(Slot {
-                    state: State::Settled,
-                    attempt: FIRST,
-                    handout: 0,
-                    size: 0,
-                    stored_at: entry.stored_at,
-                });
-                self.advance();
+                // Nothing to remember: the floor passes it as it passes a gap.
                 return None;
             }
             Past::Fresh => (FIRST, None),
@@ -191,6 +199,7 @@ impl Cursor {
                 && self.group_of(&entry.content).is_some_and(|key| self.held.contains_key(&key)));
         let state = State::Waiting { due, content: entry.content };
         self.slots.push_back(Slot {
+            offset,
             state,
             attempt,
             handout: 0,
@@ -242,12 +251,10 @@ impl Cursor {
     }
 
     pub(crate) fn settle(&mut self, offset: u64, handout: u16, how: Settle, now: Instant) -> Settling {
-        let Some(at) = offset.checked_sub(self.floor) else {
+        if offset < self.floor() {
             return Settling::Repeated;
-        };
-        let Some(slot) = self.slots.get_mut(at as usize) else {
-            return Settling::Lost;
-        };
+        }
+        let Some(slot) = self.slot(offset) else { return Settling::Lost };
         if slot.handout != handout {
             return Settling::Lost;
         }
@@ -269,7 +276,7 @@ impl Cursor {
                 };
                 self.give_back(offset, due, counted);
                 // The token stays good for a repeated settle: only an ended lease voids it.
-                if let Some(slot) = self.slots.get_mut(at as usize) {
+                if let Some(slot) = self.slot(offset) {
                     slot.handout = handout;
                 }
             }
@@ -279,9 +286,7 @@ impl Cursor {
 
     /// Moves the end of a lease; false if the token is void.
     pub(crate) fn renew(&mut self, offset: u64, handout: u16, until: Instant) -> bool {
-        let Some(slot) = offset.checked_sub(self.floor).and_then(|at| self.slots.get_mut(at as usize)) else {
-            return false;
-        };
+        let Some(slot) = self.slot(offset) else { return false };
         match &mut slot.state {
             State::InHand { until: end, .. } if slot.handout == handout => {
                 *end = until;
@@ -294,58 +299,38 @@ impl Cursor {
 
     /// Skips to `first`, because the log begins there now; returns what was expected if that loses events.
     pub(crate) fn jump(&mut self, first: u64) -> Option<u64> {
-        let expected = self.next();
-        // A large hole waits for what is in hand; then the floor passes it in one step.
-        if expected >= first || (!self.slots.is_empty() && first - expected > MAX_SPAN as u64) {
+        let expected = self.next;
+        if expected >= first {
             return None;
         }
-        if self.slots.is_empty() {
-            self.floor = first;
-        } else {
-            for _ in expected..first {
-                self.slots.push_back(Slot {
-                    state: State::Settled,
-                    attempt: FIRST,
-                    handout: 0,
-                    size: 0,
-                    stored_at: SystemTime::UNIX_EPOCH,
-                });
-            }
-        }
+        self.next = first;
         Some(expected)
     }
 
     /// What the store must remember of one offset.
     pub(crate) fn past(&self, offset: u64) -> Past {
-        match offset.checked_sub(self.floor).map(|at| self.slots.get(at as usize)) {
-            None => Past::Settled,
-            Some(None) => Past::Fresh,
-            Some(Some(slot)) => match &slot.state {
-                State::Settled => Past::Settled,
-                State::Waiting { due, .. } if slot.attempt > FIRST => {
-                    Past::Waiting { attempt: slot.attempt, due: *due }
-                }
-                State::InHand { .. } if slot.attempt > FIRST => {
-                    Past::Waiting { attempt: slot.attempt, due: None }
-                }
-                _ => Past::Fresh,
-            },
+        let Some(slot) = self.index(offset).and_then(|at| self.slots.get(at)) else {
+            return if offset < self.next { Past::Settled } else { Past::Fresh };
+        };
+        match &slot.state {
+            State::Settled => Past::Settled,
+            State::Waiting { due, .. } if slot.attempt > FIRST => {
+                Past::Waiting { attempt: slot.attempt, due: *due }
+            }
+            State::InHand { .. } if slot.attempt > FIRST => {
+                Past::Waiting { attempt: slot.attempt, due: None }
+            }
+            _ => Past::Fresh,
         }
     }
 
     fn offsets(&self, wanted: impl Fn(&State) -> bool) -> Vec<u64> {
-        let floor = self.floor;
-        self.slots
-            .iter()
-            .enumerate()
-            .filter(|(_, slot)| wanted(&slot.state))
-            .map(|(at, _)| floor + at as u64)
-            .collect()
+        self.slots.iter().filter(|slot| wanted(&slot.state)).map(|slot| slot.offset).collect()
     }
 
     fn slot(&mut self, offset: u64) -> Option<&mut Slot> {
-        let at = offset.checked_sub(self.floor)?;
-        self.slots.get_mut(at as usize)
+        let at = self.index(offset)?;
+        self.slots.get_mut(at)
     }
 
     fn hand(&mut self, offset: u64, until: Instant) -> Option<Handed> {
@@ -403,15 +388,14 @@ impl Cursor {
     }
 
     fn due_of(&self, offset: u64) -> Option<Instant> {
-        let at = offset.checked_sub(self.floor)?;
-        match self.slots.get(at as usize)?.state {
+        match self.slots.get(self.index(offset)?)?.state {
             State::Waiting { due, .. } => due,
             _ => None,
         }
     }
 
     fn waiting(&self, offset: u64) -> Option<&Content> {
-        match &self.slots.get(offset.checked_sub(self.floor)? as usize)?.state {
+        match &self.slots.get(self.index(offset)?)?.state {
             State::Waiting { content, .. } => Some(content),
             _ => None,
         }
@@ -457,7 +441,6 @@ impl Cursor {
     fn advance(&mut self) {
         while self.slots.front().is_some_and(|slot| matches!(slot.state, State::Settled)) {
             self.slots.pop_front();
-            self.floor += 1;
         }
     }
 }
@@ -472,15 +455,23 @@ mod tests {
     use super::*;
     use crate::Envelope;
 
-    fn entry(key: &'static str) -> Entry {
+    fn entry(offset: u64, key: &'static str) -> Entry {
         let content = Content::Envelope(Envelope::new("t", "/s").with_key(key).with_payload("x"));
-        Entry { size: content.size_bytes(), content, stored_at: SystemTime::UNIX_EPOCH, past: Past::Fresh }
+        Entry {
+            offset,
+            size: content.size_bytes(),
+            content,
+            stored_at: SystemTime::UNIX_EPOCH,
+            past: Past::Fresh,
+        }
     }
 
     fn setup(order: Order, keys: &[&'static str]) -> (Cursor, Instant, Vec<Handed>) {
         let (mut cursor, now) = (Cursor::new(order, 0), Instant::now());
-        let handed =
-            keys.iter().filter_map(|key| cursor.read(entry(key), now + Duration::from_secs(1))).collect();
+        let handed = (0..)
+            .zip(keys)
+            .filter_map(|(at, key)| cursor.read(entry(at, key), now + Duration::from_secs(1)))
+            .collect();
         (cursor, now, handed)
     }
 
@@ -500,22 +491,38 @@ mod tests {
         let (mut cursor, now, handed) = setup(Order::PerKey, &["a"]);
         let later = now + Duration::from_secs(5);
         cursor.settle(0, handed[0].handout, Settle::Retry { after: Some(Duration::from_secs(5)) }, now);
-        assert!(cursor.read(entry("a"), later).is_none(), "the follower waits");
-        assert!(cursor.read(entry("b"), later).is_some(), "another key goes on");
+        assert!(cursor.read(entry(1, "a"), later).is_none(), "the follower waits");
+        assert!(cursor.read(entry(2, "b"), later).is_some(), "another key goes on");
         assert!(cursor.take_due(now, later).is_none());
         assert_eq!((cursor.due_at(), cursor.expiry()), (Some(later), Some(now + Duration::from_secs(1))));
         let out: Vec<_> = std::iter::from_fn(|| cursor.take_due(later, later))
             .map(|h| (h.offset, h.attempt.get()))
             .collect();
         assert_eq!(out, [(0, 2), (1, 1)]);
-        assert!(cursor.read(entry("a"), later).is_some(), "nothing is held any more");
+        assert!(cursor.read(entry(3, "a"), later).is_some(), "nothing is held any more");
     }
 
     #[test]
     fn without_order_nothing_is_held_back() {
         let (mut cursor, now, handed) = setup(Order::None, &["a"]);
         cursor.settle(0, handed[0].handout, Settle::Retry { after: Some(Duration::from_secs(5)) }, now);
-        assert!(cursor.read(entry("a"), now).is_some());
+        assert!(cursor.read(entry(1, "a"), now).is_some());
+    }
+
+    #[test]
+    fn gaps_are_passed() {
+        let (mut cursor, now) = (Cursor::new(Order::PerKey, 3), Instant::now());
+        let until = now + Duration::from_secs(1);
+        let handed: Vec<_> =
+            [5, 90, 1_000_000].into_iter().filter_map(|at| cursor.read(entry(at, "a"), until)).collect();
+        assert_eq!((cursor.floor(), cursor.next()), (5, 1_000_001));
+        assert_eq!(cursor.settle(91, 1, Settle::Ack, now), Settling::Lost, "nothing was there");
+        cursor.settle(90, handed[1].handout, Settle::Ack, now);
+        assert_eq!((cursor.past(90), cursor.past(91), cursor.floor()), (Past::Settled, Past::Settled, 5));
+        cursor.settle(5, handed[0].handout, Settle::Ack, now);
+        assert_eq!((cursor.floor(), cursor.past(1_000_000)), (1_000_000, Past::Fresh));
+        cursor.settle(1_000_000, handed[2].handout, Settle::Ack, now);
+        assert_eq!(cursor.floor(), 1_000_001);
     }
 
     #[test]
@@ -560,7 +567,7 @@ mod tests {
         assert_eq!(cursor.past(0), Past::Waiting { attempt: two, due: None });
         let mut next = Cursor::new(Order::PerKey, cursor.floor());
         let out: Vec<_> = (0..3)
-            .filter_map(|at| next.read(Entry { past: cursor.past(at), ..entry("k") }, now))
+            .filter_map(|at| next.read(Entry { past: cursor.past(at), ..entry(at, "k") }, now))
             .map(|handed| (handed.offset, handed.attempt.get()))
             .collect();
         assert_eq!(out, [(0, 2), (2, 1)]);

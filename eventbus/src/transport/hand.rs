@@ -81,21 +81,23 @@ pub(crate) struct Place {
     pub(crate) handout: u16,
 }
 
-const HANDOUT_BITS: u32 = 16;
+/// Partitions that a token can name.
+pub(crate) const MAX_PARTITIONS: u32 = 1 << 16;
 
 impl Place {
     pub(crate) fn of(token: Token) -> Self {
+        let high = token.high();
         Self {
-            partition: PartitionId(token.high() as u32),
-            epoch: (token.high() >> 32) as u32,
-            offset: token.low() >> HANDOUT_BITS,
-            handout: token.low() as u16,
+            epoch: (high >> 32) as u32,
+            partition: PartitionId(u32::from((high >> 16) as u16)),
+            handout: high as u16,
+            offset: token.low(),
         }
     }
 
     fn token(self) -> Token {
-        let high = u64::from(self.epoch) << 32 | u64::from(self.partition.0);
-        Token::new(high, self.offset << HANDOUT_BITS | u64::from(self.handout))
+        let partition = u64::from(self.partition.0 as u16);
+        Token::new(u64::from(self.epoch) << 32 | partition << 16 | u64::from(self.handout), self.offset)
     }
 }
 

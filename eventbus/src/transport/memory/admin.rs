@@ -16,6 +16,7 @@ use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::transport::Content;
 use crate::transport::cursor::Cursor;
+use crate::transport::hand::MAX_PARTITIONS;
 
 fn describe(state: &TopicState) -> TopicInfo {
     let inner = state.lock();
@@ -67,6 +68,11 @@ impl Memory {
 #[async_trait]
 impl Admin for Memory {
     async fn declare(&self, spec: &TopicSpec) -> Result<bool> {
+        if spec.partitions.get() > MAX_PARTITIONS {
+            return Err(
+                Error::config("a topic has at most 65536 partitions").with("partitions", spec.partitions)
+            );
+        }
         if self.broker.options.partitions.get() == 1 && spec.partitions.get() > 1 {
             return Err(Error::new(
                 ErrorKind::Conflict,

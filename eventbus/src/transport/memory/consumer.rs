@@ -153,6 +153,7 @@ impl MemoryConsumer {
             let next = |offset| {
                 let stored = log.get(offset)?;
                 Some(Entry {
+                    offset,
                     content: stored.content.clone(),
                     size: stored.n_bytes,
                     stored_at: stored.stored_at,

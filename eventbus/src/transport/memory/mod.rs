@@ -33,6 +33,7 @@ use parking_lot::Mutex;
 use self::closing::Closing;
 use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
+use super::hand::MAX_PARTITIONS;
 use super::wall::Wall;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
@@ -48,7 +49,7 @@ use crate::url::Url;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Options {
-    /// Partitions of topics that are created on use; with 1, order is kept per topic.
+    /// Partitions of topics that are created on use, at most 65,536; with 1, order is kept per topic.
     pub partitions: NonZeroU32,
     /// Unsettled events a topic holds before publishing waits.
     pub max_events: NonZeroUsize,
@@ -101,6 +102,9 @@ impl Options {
                     ));
                 }
             }
+        }
+        if options.partitions.get() > MAX_PARTITIONS {
+            return Err(url.bad_option("partitions", "is above 65536"));
         }
         if options.max_event_bytes > options.max_bytes {
             return Err(Error::config("max_event_bytes is above max_bytes: such an event would never fit"));
@@ -187,7 +191,9 @@ impl Broker {
         if let Some(state) = topics.get(topic) {
             return state.clone();
         }
-        let spec = TopicSpec::new(topic.clone()).with_partitions(self.options.partitions);
+        let bounded = self.options.partitions.get().min(MAX_PARTITIONS);
+        let partitions = NonZeroU32::new(bounded).unwrap_or(TopicSpec::PARTITIONS);
+        let spec = TopicSpec::new(topic.clone()).with_partitions(partitions);
         let state = Arc::new(TopicState::new(spec, &self.options, self.wall.clone()));
         topics.insert(topic.clone(), state.clone());
         state

@@ -216,6 +216,7 @@ impl Partitions {
                 let row = buffer.pop_front_if(|row| row.offset == offset)?;
                 let past = exceptions.remove(&offset).unwrap_or_default();
                 Some(Entry {
+                    offset,
                     size: row.content.size_bytes(),
                     content: row.content,
                     stored_at: row.stored_at,
