@@ -24,6 +24,8 @@ mod cursor;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
 #[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod hand;
+#[cfg(feature = "sqlite")]
+mod leased;
 #[cfg(any(feature = "memory", feature = "sqlite"))]
 #[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
 mod wall;

@@ -18,38 +18,19 @@ use crate::error::{Error, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
 use crate::subscription::{Audience, Start, Subscription};
-use crate::transport::assign;
 use crate::transport::cursor::Past;
+use crate::transport::leased::{self, Gained, Progress, Share, Standing, Step};
 
-/// A member of a group in a topic.
+/// A group of a topic.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Seat {
+pub(super) struct GroupRow {
     pub(super) topic: i64,
-    pub(super) group: i64,
-    pub(super) member: i64,
+    pub(super) id: i64,
     pub(super) ephemeral: bool,
 }
 
-/// A partition that is ours now.
-pub(super) struct Gained {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) floor: u64,
-    /// Events above the floor that are settled, or wait.
-    pub(super) exceptions: HashMap<u64, Past>,
-}
-
-/// What a member learns of its group.
-pub(super) struct Standing {
-    /// The member's id; a new one if others had declared it dead.
-    pub(super) member: i64,
-    pub(super) generation: i64,
-    pub(super) gained: Vec<Gained>,
-    /// Partitions the caller thought to own, and does not.
-    pub(super) lost: Vec<u32>,
-    /// Partitions of ours that another member should have.
-    pub(super) to_release: Vec<u32>,
-}
+/// A member of a group.
+pub(super) type Seat = leased::Seat<GroupRow>;
 
 /// Joins a group, creating topic and group where they are missing.
 pub(super) fn join(
@@ -88,16 +69,16 @@ pub(super) fn join(
         }
     };
     let member = enter(round, group, session)?;
-    Ok(Seat { topic, group, member, ephemeral })
+    Ok(Seat { group: GroupRow { topic, id: group, ephemeral }, member })
 }
 
-fn enter(round: &mut Round<'_>, group: i64, session: i64) -> Result<i64> {
+fn enter(round: &mut Round<'_>, group: i64, session: i64) -> Result<u64> {
     let alive_until = clock::monotonic().saturating_add(session);
     let sql = "INSERT INTO eventbus_member (grp, alive_until, pid) VALUES (?1, ?2, ?3)";
     round.connection.execute(sql, params![group, alive_until, std::process::id()]).map_err(from_sqlite)?;
     let member = round.connection.last_insert_rowid();
     bump(round, group)?;
-    Ok(member)
+    Ok(member.unsigned_abs())
 }
 
 /// Tells the other members to look at the group.
@@ -159,11 +140,11 @@ pub(super) fn first_since(
 /// Says that a member lives, removes those that do not, and takes what should be ours.
 pub(super) fn stand(
     round: &mut Round<'_>,
-    seat: Seat,
+    seat: &Seat,
     known: &BTreeMap<u32, u32>,
     session: i64,
 ) -> Result<Standing> {
-    let now = clock::monotonic();
+    let (now, group) = (clock::monotonic(), seat.group.id);
     let connection = round.connection;
     let run = |sql: &str, values: &[&dyn rusqlite::ToSql]| {
         connection
@@ -171,83 +152,71 @@ pub(super) fn stand(
             .and_then(|mut statement| statement.execute(values))
             .map_err(from_sqlite)
     };
-    let exists: Option<i64> = connection
-        .prepare_cached("SELECT generation FROM eventbus_group WHERE id = ?1")
-        .and_then(|mut statement| statement.query_row([seat.group], |row| row.get(0)).optional())
-        .map_err(from_sqlite)?;
-    if exists.is_none() {
+    if generation(connection, group)?.is_none() {
         return Err(Error::not_found("the topic or group was deleted"));
     }
     let alive = run(
         "UPDATE eventbus_member SET alive_until = ?2 WHERE id = ?1",
         &[&seat.member, &now.saturating_add(session)],
     )?;
-    let member = if alive == 1 { seat.member } else { enter(round, seat.group, session)? };
+    let member = if alive == 1 { seat.member } else { enter(round, group, session)? };
     // A deadline far beyond any session is of another boot of a machine that does not name its boots.
     let far = now.saturating_add(86_400_000_000_000);
     let sql = "DELETE FROM eventbus_member WHERE grp = ?1 AND (alive_until < ?2 OR alive_until > ?3)";
-    let n_dead = run(sql, &[&seat.group, &now, &far])?;
+    let n_dead = run(sql, &[&group, &now, &far])?;
     run(
         "UPDATE eventbus_cursor SET owner = NULL WHERE grp = ?1 AND owner IS NOT NULL
          AND owner NOT IN (SELECT id FROM eventbus_member WHERE grp = ?1)",
-        &[&seat.group],
+        &[&group],
     )?;
     if n_dead > 0 {
-        bump(round, seat.group)?;
+        bump(round, group)?;
     }
-    let members: Vec<i64> = connection
+    let members: Vec<u64> = connection
         .prepare_cached("SELECT id FROM eventbus_member WHERE grp = ?1 ORDER BY id")
-        .and_then(|mut statement| {
-            statement.query_map([seat.group], |row| row.get(0)).and_then(Iterator::collect)
-        })
+        .and_then(|mut statement| statement.query_map([group], |row| row.get(0)).and_then(Iterator::collect))
         .map_err(from_sqlite)?;
-    let cursors: Vec<(u32, Option<i64>, u32, u64)> = connection
+    let cursors: Vec<(Share, u64)> = connection
         .prepare_cached(
             "SELECT partition, owner, epoch, floor FROM eventbus_cursor WHERE grp = ?1 ORDER BY partition",
         )
         .and_then(|mut statement| {
-            statement
-                .query_map([seat.group], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))
-                .and_then(Iterator::collect)
+            let cursor = |row: &rusqlite::Row<'_>| {
+                Ok((Share { partition: row.get(0)?, owner: row.get(1)?, epoch: row.get(2)? }, row.get(3)?))
+            };
+            statement.query_map([group], cursor).and_then(Iterator::collect)
         })
         .map_err(from_sqlite)?;
-    let ids: Vec<u64> = members.iter().map(|id| *id as u64).collect();
-    let targets = assign::targets(&ids, cursors.len() as u32);
-    let mut standing =
-        Standing { member, generation: 0, gained: Vec::new(), lost: Vec::new(), to_release: Vec::new() };
-    for ((partition, owner, mut epoch, floor), target) in cursors.into_iter().zip(targets) {
-        let is_target = members.get(target) == Some(&member);
-        let mut mine = owner == Some(member);
-        // A partition that is ours in the file and unknown to us was let go of without the file taking
-        // it: it begins anew, so that no token of before fits.
-        let regained = mine && !known.contains_key(&partition);
-        if (owner.is_none() && is_target) || regained {
-            let sql =
-                "UPDATE eventbus_cursor SET owner = ?3, epoch = epoch + 1 WHERE grp = ?1 AND partition = ?2";
-            run(sql, &[&seat.group, &partition, &member])?;
-            epoch += 1;
-            mine = true;
-        } else if mine && !is_target {
-            standing.to_release.push(partition);
-        }
-        match (mine, known.get(&partition)) {
-            (true, Some(before)) if *before == epoch => {}
-            (true, before) => {
-                if before.is_some() {
-                    standing.lost.push(partition);
-                }
-                let exceptions = exceptions(connection, seat.group, partition)?;
-                standing.gained.push(Gained { partition, epoch, floor, exceptions });
+    let shares: Vec<Share> = cursors.iter().map(|(share, _)| *share).collect();
+    let (steps, lost) = leased::steps(member, &members, &shares, known);
+    let mut standing = Standing { member, generation: 0, gained: Vec::new(), lost, to_release: Vec::new() };
+    for ((Share { partition, mut epoch, .. }, floor), step) in cursors.into_iter().zip(steps) {
+        match step {
+            Step::Keep => continue,
+            Step::Release => {
+                standing.to_release.push(partition);
+                continue;
             }
-            (false, Some(_)) => standing.lost.push(partition),
-            (false, None) => {}
+            Step::Load => {}
+            Step::Take => {
+                let sql = "UPDATE eventbus_cursor SET owner = ?3, epoch = epoch + 1 WHERE grp = ?1 AND partition = ?2";
+                run(sql, &[&group, &partition, &member])?;
+                epoch += 1;
+            }
         }
+        let exceptions = exceptions(connection, group, partition)?;
+        standing.gained.push(Gained { partition, epoch, floor, exceptions });
     }
-    standing.generation = connection
-        .prepare_cached("SELECT generation FROM eventbus_group WHERE id = ?1")
-        .and_then(|mut statement| statement.query_row([seat.group], |row| row.get(0)))
-        .map_err(from_sqlite)?;
+    standing.generation = generation(connection, group)?.unwrap_or_default();
     Ok(standing)
+}
+
+/// How often a group changed; `None` if it does not exist.
+pub(super) fn generation(connection: &rusqlite::Connection, group: i64) -> Result<Option<u64>> {
+    connection
+        .prepare_cached("SELECT generation FROM eventbus_group WHERE id = ?1")
+        .and_then(|mut statement| statement.query_row([group], |row| row.get(0)).optional())
+        .map_err(from_sqlite)
 }
 
 fn exceptions(connection: &rusqlite::Connection, group: i64, partition: u32) -> Result<HashMap<u64, Past>> {
@@ -273,19 +242,8 @@ fn exceptions(connection: &rusqlite::Connection, group: i64, partition: u32) -> 
         .map_err(from_sqlite)
 }
 
-/// A member's progress in one partition.
-#[derive(Clone)]
-pub(super) struct Progress {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) floor: u64,
-    pub(super) changed: Vec<(u64, Past)>,
-    /// Whether rows below the floor may exist.
-    pub(super) has_exceptions: bool,
-}
-
 /// Stores progress. Returns the partitions that are no longer the member's; nothing of those changed.
-pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> Result<Vec<u32>> {
+pub(super) fn save(round: &mut Round<'_>, seat: &Seat, progress: &[Progress]) -> Result<Vec<u32>> {
     let mut lost = Vec::new();
     let (now, now_monotonic, now_wall) =
         (Instant::now(), clock::monotonic(), clock::to_nanos(round.wall.now()));
@@ -295,7 +253,7 @@ pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> 
             .connection
             .prepare_cached(sql)
             .and_then(|mut s| {
-                s.execute(params![seat.group, part.partition, seat.member, part.epoch, part.floor])
+                s.execute(params![seat.group.id, part.partition, seat.member, part.epoch, part.floor])
             })
             .map_err(from_sqlite)?;
         if n == 0 {
@@ -316,7 +274,14 @@ pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> 
                 .and_then(|mut statement| {
                     let due_at = due.map(|left| now_monotonic.saturating_add(left));
                     let due_wall = due.map(|left| now_wall.saturating_add(left));
-                    statement.execute(params![seat.group, part.partition, offset, attempt, due_at, due_wall])
+                    statement.execute(params![
+                        seat.group.id,
+                        part.partition,
+                        offset,
+                        attempt,
+                        due_at,
+                        due_wall
+                    ])
                 })
                 .map_err(from_sqlite)?;
         }
@@ -326,7 +291,9 @@ pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> 
                 .prepare_cached(
                     "DELETE FROM eventbus_exception WHERE grp = ?1 AND partition = ?2 AND offset < ?3",
                 )
-                .and_then(|mut statement| statement.execute(params![seat.group, part.partition, part.floor]))
+                .and_then(|mut statement| {
+                    statement.execute(params![seat.group.id, part.partition, part.floor])
+                })
                 .map_err(from_sqlite)?;
         }
     }
@@ -334,28 +301,28 @@ pub(super) fn save(round: &mut Round<'_>, seat: Seat, progress: &[Progress]) -> 
 }
 
 /// Hands partitions back.
-pub(super) fn release(round: &mut Round<'_>, seat: Seat, partitions: &[u32]) -> Result<()> {
+pub(super) fn release(round: &mut Round<'_>, seat: &Seat, partitions: &[u32]) -> Result<()> {
     for partition in partitions {
         let sql = "UPDATE eventbus_cursor SET owner = NULL WHERE grp = ?1 AND partition = ?2 AND owner = ?3";
         round
             .connection
             .prepare_cached(sql)
-            .and_then(|mut statement| statement.execute(params![seat.group, partition, seat.member]))
+            .and_then(|mut statement| statement.execute(params![seat.group.id, partition, seat.member]))
             .map_err(from_sqlite)?;
     }
-    bump(round, seat.group)
+    bump(round, seat.group.id)
 }
 
 /// Leaves the group; a broadcast's group goes with it.
-pub(super) fn leave(round: &mut Round<'_>, seat: Seat) -> Result<()> {
-    let run = |sql: &str, id: i64| round.connection.execute(sql, [id]).map_err(from_sqlite);
+pub(super) fn leave(round: &mut Round<'_>, seat: &Seat) -> Result<()> {
+    let run = |sql: &str, id: u64| round.connection.execute(sql, [id]).map_err(from_sqlite);
     run("DELETE FROM eventbus_member WHERE id = ?1", seat.member)?;
     run("UPDATE eventbus_cursor SET owner = NULL WHERE owner = ?1", seat.member)?;
-    if seat.ephemeral {
+    if seat.group.ephemeral {
         round.news = true;
-        return forget(round, seat.group);
+        return forget(round, seat.group.id);
     }
-    bump(round, seat.group)
+    bump(round, seat.group.id)
 }
 
 /// Removes a group with its members and positions.

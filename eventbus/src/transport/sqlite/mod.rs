@@ -17,9 +17,8 @@
 
 mod admin;
 mod clock;
-mod consumer;
+mod leases;
 mod membership;
-mod partitions;
 mod publisher;
 mod retention;
 mod row;
@@ -35,11 +34,10 @@ use std::sync::atomic::Ordering as Atomic;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use parking_lot::Mutex;
 
-use self::consumer::SqliteConsumer;
 use self::publisher::SqlitePublisher;
 use self::store::Store;
+use super::leased::{Consumers, LeasedConsumer};
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{
@@ -124,7 +122,7 @@ impl Options {
 #[derive(Clone)]
 pub struct Sqlite {
     store: Arc<Store>,
-    consumers: Arc<Mutex<Vec<std::sync::Weak<SqliteConsumer>>>>,
+    consumers: Arc<Consumers<Store>>,
 }
 
 impl Sqlite {
@@ -224,16 +222,8 @@ impl Transport for Sqlite {
     async fn subscribe(&self, subscription: &Subscription) -> Result<Arc<dyn Consumer>> {
         self.store.is_open()?;
         subscription.check(&self.capabilities())?;
-        // On a task of its own: a caller that goes away in the middle leaves a member that is whole, and that
-        // leaves the group when the task's result is dropped.
-        let (store, wanted) = (self.store.clone(), subscription.clone());
-        let joining = tokio::spawn(async move { SqliteConsumer::join(store, &wanted).await });
-        let consumer = joining.await.map_err(|error| {
-            Error::new(ErrorKind::Unexpected, "joining was interrupted").caused_by(error)
-        })??;
-        let mut consumers = self.consumers.lock();
-        consumers.retain(|known| known.strong_count() > 0);
-        consumers.push(Arc::downgrade(&consumer));
+        let consumer = LeasedConsumer::join(self.store.clone(), subscription).await?;
+        self.consumers.add(&consumer);
         Ok(consumer)
     }
 
@@ -242,12 +232,7 @@ impl Transport for Sqlite {
     }
 
     async fn close(&self) -> Result<()> {
-        let open: Vec<_> =
-            self.consumers.lock().drain(..).filter_map(|consumer| consumer.upgrade()).collect();
-        let mut outcome = Ok(());
-        for consumer in open {
-            outcome = outcome.and(consumer.leave().await);
-        }
+        let outcome = self.consumers.leave().await;
         self.store.close().await.and(outcome)
     }
 }

@@ -13,18 +13,11 @@ use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Key;
 use crate::text::Text;
+use crate::transport::leased::Stored;
 use crate::transport::{Content, Undecodable};
 
 /// The columns in the order [`stored`] reads them.
 const COLUMNS: &str = "position, stored_at, id, source, type, version, subject, time, content_type, schema, key, extensions, headers, payload, checksum";
-
-/// An event with its place.
-#[derive(Debug)]
-pub(super) struct StoredRow {
-    pub(super) offset: u64,
-    pub(super) stored_at: std::time::SystemTime,
-    pub(super) content: Content,
-}
 
 /// Prepares the insertion of events.
 pub(super) fn insert(connection: &Connection) -> Result<CachedStatement<'_>> {
@@ -119,7 +112,7 @@ pub(super) fn read(
     to: u64,
     max: usize,
     max_bytes: usize,
-) -> Result<Vec<StoredRow>> {
+) -> Result<Vec<Stored>> {
     let sql = format!(
         "SELECT {COLUMNS} FROM eventbus_event WHERE position >= ?1 AND position < ?2 ORDER BY position LIMIT ?3"
     );
@@ -167,7 +160,7 @@ impl Texts {
     }
 }
 
-fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<StoredRow> {
+fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<Stored> {
     let place: i64 = row.get(0)?;
     let whole = |envelope: Envelope| match row.get::<_, Option<u32>>(14) {
         Ok(Some(sum)) if sum == checksum(place, &envelope) => Ok(envelope),
@@ -188,7 +181,7 @@ fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<StoredRow> {
             Content::Undecodable(Box::new(Undecodable::new(raw, headers.unwrap_or_default(), reason)))
         }
     };
-    Ok(StoredRow { offset: offset_of(place), stored_at: clock::from_nanos(row.get(1)?), content })
+    Ok(Stored { offset: offset_of(place), stored_at: clock::from_nanos(row.get(1)?), content })
 }
 
 fn bytes(row: &Row<'_>, column: usize) -> Result<Option<Bytes>, String> {

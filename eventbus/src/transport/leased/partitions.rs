@@ -1,12 +1,12 @@
 //! The partitions a consumer owns: read ahead, handed out, settled in memory, and what must be saved.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::membership::{Gained, Progress, Standing};
-use super::row::StoredRow;
+use super::{Fetched, Gained, Progress, Standing, Stored, Wanted};
 use crate::error::{Error, ErrorKind};
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
@@ -21,15 +21,16 @@ pub(super) struct Partitions {
     lease: Duration,
     revoke_within: Duration,
     pub(super) news: VecDeque<News>,
-    pub(super) generation: i64,
+    /// `None` = not known yet.
+    pub(super) generation: Option<u64>,
 }
 
 struct Owned {
     epoch: u32,
     cursor: Cursor,
     exceptions: HashMap<u64, Past>,
-    /// Rows read ahead; the first is the cursor's next.
-    buffer: VecDeque<StoredRow>,
+    /// Read ahead; the first is at the cursor's next or above.
+    buffer: VecDeque<Stored>,
     revoke_at: Option<Instant>,
     dirty: BTreeSet<u64>,
     moved: bool,
@@ -39,21 +40,6 @@ struct Owned {
 pub(super) enum News {
     Polled(Polled),
     Failed(Error),
-}
-
-/// From where a partition is to be read.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Wanted {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) from: u64,
-}
-
-/// What was read of one.
-pub(super) struct Fetched {
-    pub(super) wanted: Wanted,
-    pub(super) first: u64,
-    pub(super) rows: Vec<StoredRow>,
 }
 
 impl Partitions {
@@ -69,7 +55,7 @@ impl Partitions {
             lease: subscription.lease,
             revoke_within: subscription.revoke_within,
             news: VecDeque::new(),
-            generation: -1,
+            generation: None,
         }
     }
 
@@ -78,9 +64,9 @@ impl Partitions {
         self.owned.iter().map(|(partition, owned)| (*partition, owned.epoch)).collect()
     }
 
-    /// Takes over what the group's rows say.
+    /// Takes over what the store says of the group.
     pub(super) fn apply(&mut self, standing: Standing, now: Instant) {
-        self.generation = standing.generation;
+        self.generation = Some(standing.generation);
         self.lose(&standing.lost);
         let gained: Vec<_> = standing.gained.iter().map(|gained| PartitionId(gained.partition)).collect();
         for Gained { partition, epoch, floor, exceptions } in standing.gained {
@@ -212,11 +198,11 @@ impl Partitions {
                 continue;
             }
             let (buffer, exceptions) = (&mut owned.buffer, &mut owned.exceptions);
-            let next = |offset| {
-                let row = buffer.pop_front_if(|row| row.offset == offset)?;
-                let past = exceptions.remove(&offset).unwrap_or_default();
+            let next = |_| {
+                let row = buffer.pop_front()?;
+                let past = exceptions.remove(&row.offset).unwrap_or_default();
                 Some(Entry {
-                    offset,
+                    offset: row.offset,
                     size: row.content.size_bytes(),
                     content: row.content,
                     stored_at: row.stored_at,
@@ -263,7 +249,7 @@ impl Partitions {
     }
 
     /// What is settled and not saved yet. The caller gives it back by [`unsaved`](Self::unsaved) if saving fails.
-    pub(super) fn progress(&mut self) -> Vec<Progress> {
+    pub(super) fn progress(&mut self) -> Arc<[Progress]> {
         let moved = self.owned.iter_mut().filter(|(_, owned)| owned.moved);
         moved
             .map(|(partition, owned)| {

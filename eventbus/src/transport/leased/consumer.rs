@@ -1,25 +1,19 @@
 //! One member: polls what its partitions have, saves what is settled, keeps its seat.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering as Atomic};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant as StdInstant};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use rusqlite::{Connection, OptionalExtension};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedMutexGuard};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::clock;
-use super::membership::{self, Seat};
-use super::partitions::{Fetched, News, Partitions, Wanted};
-use super::row;
-use super::schema::from_sqlite;
-use super::store::Store;
+use super::partitions::{News, Partitions};
+use super::{Seat, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
@@ -27,70 +21,83 @@ use crate::transport::cursor::lease_end;
 use crate::transport::hand::Place;
 use crate::transport::{Consumer, Polled, Settle, Settled, Token};
 
-pub(super) struct SqliteConsumer {
-    member: Arc<Member>,
+pub(in crate::transport) struct LeasedConsumer<S: Store> {
+    member: Arc<Member<S>>,
     /// One poll reads at a time; a second one waits behind it.
     polling: tokio::sync::Mutex<()>,
     heartbeat: JoinHandle<()>,
 }
 
-/// Shared with the heartbeat.
-struct Member {
-    store: Arc<Store>,
+/// Shared with the heartbeat, and with saves on their way.
+struct Member<S: Store> {
+    store: Arc<S>,
     subscription: Subscription,
-    seat: Seat,
+    group: S::Group,
     /// The seat's member id; a new one if others had declared it dead.
-    id: AtomicI64,
+    id: AtomicU64,
     state: Mutex<Partitions>,
     /// One coordination with the group at a time.
     coordinating: tokio::sync::Mutex<()>,
-    /// One settle is saved at a time, so that its answer is about what it settled.
-    saving: tokio::sync::Mutex<()>,
+    /// One settle is saved at a time, so that what is settled later is saved later.
+    saving: Arc<tokio::sync::Mutex<()>>,
     wake: Notify,
     closed: AtomicBool,
 }
 
-/// Rows of one partition that one read brings.
+/// Events of one partition that one read brings.
 const READ_AHEAD: usize = 512;
 
-impl SqliteConsumer {
-    pub(super) async fn join(store: Arc<Store>, subscription: &Subscription) -> Result<Arc<Self>> {
-        let (partitions, session) = (store.options.partitions, clock::nanos(store.options.session));
-        let wanted = subscription.clone();
-        let seat = store.write(move |round| membership::join(round, &wanted, partitions, session)).await?;
-        let member = Arc::new(Member {
-            id: AtomicI64::new(seat.member),
-            state: Mutex::new(Partitions::new(subscription)),
-            subscription: subscription.clone(),
-            coordinating: tokio::sync::Mutex::default(),
-            saving: tokio::sync::Mutex::default(),
-            wake: Notify::new(),
-            closed: AtomicBool::new(false),
-            store,
-            seat,
+impl<S: Store> LeasedConsumer<S> {
+    /// Joins on a task of its own: a caller that goes away in the middle leaves a member that is whole, and
+    /// that leaves the group when the task's result is dropped.
+    pub(in crate::transport) async fn join(store: Arc<S>, wanted: &Subscription) -> Result<Arc<Self>> {
+        let wanted = wanted.clone();
+        let joining = tokio::spawn(async move {
+            let seat = store.join(&wanted).await?;
+            let member = Arc::new(Member {
+                group: seat.group,
+                id: AtomicU64::new(seat.member),
+                state: Mutex::new(Partitions::new(&wanted)),
+                subscription: wanted,
+                coordinating: tokio::sync::Mutex::default(),
+                saving: Arc::default(),
+                wake: Notify::new(),
+                closed: AtomicBool::new(false),
+                store,
+            });
+            // From here on a drop leaves the group.
+            let heartbeat = tokio::spawn(beat(Arc::downgrade(&member), member.store.session() / 3));
+            let consumer = Arc::new(Self { member, polling: tokio::sync::Mutex::default(), heartbeat });
+            consumer.member.coordinate().await?;
+            Ok(consumer)
         });
-        // From here on a drop leaves the group.
-        let heartbeat = tokio::spawn(beat(Arc::downgrade(&member), member.store.options.session / 3));
-        let consumer = Arc::new(Self { member, polling: tokio::sync::Mutex::default(), heartbeat });
-        consumer.member.coordinate().await?;
-        Ok(consumer)
+        joining.await.map_err(interrupted)?
     }
 
     /// Ends the membership and waits until that is stored.
-    pub(super) async fn leave(&self) -> Result<()> {
+    pub(in crate::transport) async fn leave(&self) -> Result<()> {
         self.heartbeat.abort();
         if self.member.closed.swap(true, Atomic::AcqRel) {
             return Ok(());
         }
         self.member.wake.notify_waiters();
         self.member.wake.notify_one();
-        let seat = self.member.seat();
-        self.member.store.write(move |round| membership::leave(round, seat)).await
+        // On a task of its own: a caller that goes away leaves all the same, behind what is being saved.
+        let member = self.member.clone();
+        let leaving = tokio::spawn(async move {
+            let _saved = member.saving.lock().await;
+            member.store.leave(&member.seat()).await
+        });
+        leaving.await.map_err(interrupted)?
     }
 }
 
+fn interrupted(error: tokio::task::JoinError) -> Error {
+    Error::new(ErrorKind::Unexpected, "the work on the store was interrupted").caused_by(error)
+}
+
 /// Keeps a member's seat while it lives.
-async fn beat(member: std::sync::Weak<Member>, every: Duration) {
+async fn beat<S: Store>(member: Weak<Member<S>>, every: Duration) {
     loop {
         tokio::time::sleep(every).await;
         let Some(member) = member.upgrade() else { return };
@@ -100,31 +107,29 @@ async fn beat(member: std::sync::Weak<Member>, every: Duration) {
     }
 }
 
-impl Member {
-    fn seat(&self) -> Seat {
-        Seat { member: self.id.load(Atomic::Acquire), ..self.seat }
+impl<S: Store> Member<S> {
+    fn seat(&self) -> Seat<S::Group> {
+        Seat { group: self.group.clone(), member: self.id.load(Atomic::Acquire) }
     }
 
     fn open(&self) -> Result<()> {
         if self.closed.load(Atomic::Acquire) { Err(Error::closed("consumer")) } else { self.store.is_open() }
     }
 
-    /// Renews the seat and brings ownership in line with the group's rows.
+    /// Renews the seat and brings ownership in line with the group.
     async fn coordinate(&self) -> Result<()> {
         let _one_at_a_time = self.coordinating.lock().await;
         self.open()?;
         let overdue = self.state.lock().overdue(Instant::now());
         if !overdue.is_empty() {
-            self.hand_back(overdue.clone()).await?;
+            self.store.release(&self.seat(), overdue.clone()).await?;
             self.state.lock().lose(&overdue);
         }
-        let (seat, session) = (self.seat(), clock::nanos(self.store.options.session));
         let known = self.state.lock().known();
-        let standing = self.store.write(move |round| membership::stand(round, seat, &known, session)).await?;
+        let standing = self.store.stand(&self.seat(), known).await?;
         if self.closed.load(Atomic::Acquire) {
             // The leave was stored before this: a seat that was taken again must not stay.
-            let gone = Seat { member: standing.member, ..self.seat };
-            drop(self.store.submit(move |round| membership::leave(round, gone)));
+            self.store.leave_soon(Seat { group: self.group.clone(), member: standing.member });
             return Err(Error::closed("consumer"));
         }
         self.id.store(standing.member, Atomic::Release);
@@ -133,28 +138,20 @@ impl Member {
         Ok(())
     }
 
-    async fn hand_back(&self, partitions: Vec<u32>) -> Result<()> {
-        let seat = self.seat();
-        self.store.write(move |round| membership::release(round, seat, &partitions)).await
-    }
-
     /// Reads what the owned partitions have, and whether the group changed.
     async fn fetch(&self) -> Result<()> {
         let wanted = self.state.lock().wanted(self.subscription.window_bytes.get());
-        let seat = self.seat();
         let max = self.subscription.window.get().min(READ_AHEAD);
         let max_bytes = self.subscription.window_bytes.get() / wanted.len().max(1);
-        let read = move |connection: &mut Connection| read(connection, seat, wanted, max, max_bytes);
-        let (generation, fetched) = self.store.read(read).await?;
-        let Some(generation) = generation else {
+        let Some(look) = self.store.read(&self.seat(), wanted, max, max_bytes).await? else {
             return Err(
                 Error::not_found("the topic or group was deleted").with("topic", &self.subscription.topic)
             );
         };
         let changed = {
             let mut state = self.state.lock();
-            state.fetched(fetched);
-            state.generation != generation
+            state.fetched(look.fetched);
+            state.generation != Some(look.generation)
         };
         if changed { self.coordinate().await } else { Ok(()) }
     }
@@ -170,89 +167,34 @@ impl Member {
         Ok((!deliveries.is_empty()).then_some(Polled::Deliveries(deliveries)))
     }
 
-    /// Saves progress that was made in memory. What it returns is no longer ours.
-    async fn save(&self) -> Result<Vec<u32>> {
-        let seat = self.seat();
-        let (progress, saving) = {
-            // Under one lock, so that what was settled later is saved later.
-            let mut state = self.state.lock();
-            let progress = state.progress();
-            if progress.is_empty() {
-                return Ok(Vec::new());
-            }
-            let job = progress.clone();
-            match self.store.submit(move |round| membership::save(round, seat, &job)) {
-                Ok(saving) => (progress, saving),
-                Err(error) => {
-                    state.unsaved(&progress);
-                    return Err(error);
+    /// Saves progress that was made in memory, on a task that a caller who goes away does not end. What it
+    /// returns is no longer ours.
+    async fn save(self: &Arc<Self>, turn: OwnedMutexGuard<()>) -> Result<Vec<u32>> {
+        let progress = self.state.lock().progress();
+        if progress.is_empty() {
+            return Ok(Vec::new());
+        }
+        let member = self.clone();
+        let saving = tokio::spawn(async move {
+            let saved = member.store.save(&member.seat(), progress.clone()).await;
+            match &saved {
+                Ok(lost) if lost.is_empty() => {}
+                Ok(lost) => {
+                    member.state.lock().lose(lost);
+                    member.wake.notify_one();
                 }
+                // The next settle saves it.
+                Err(_) => member.state.lock().unsaved(&progress),
             }
-        };
-        let mut guard = Unsaved { member: self, progress };
-        let lost = saving.await.map_err(|_| Error::closed("store"))??;
-        guard.progress.clear();
-        if !lost.is_empty() {
-            self.state.lock().lose(&lost);
-            self.wake.notify_one();
-        }
-        Ok(lost)
+            drop(turn);
+            saved
+        });
+        saving.await.map_err(interrupted)?
     }
-}
-
-/// Progress on its way to the file; whatever is left when this is dropped is saved again.
-struct Unsaved<'a> {
-    member: &'a Member,
-    progress: Vec<membership::Progress>,
-}
-
-impl Drop for Unsaved<'_> {
-    fn drop(&mut self) {
-        if !self.progress.is_empty() {
-            self.member.state.lock().unsaved(&self.progress);
-        }
-    }
-}
-
-/// One consistent look at the file: the group's generation and the rows of each wanted partition.
-fn read(
-    connection: &mut Connection,
-    seat: Seat,
-    wanted: Vec<Wanted>,
-    max: usize,
-    max_bytes: usize,
-) -> Result<(Option<i64>, Vec<Fetched>)> {
-    let view = connection.transaction().map_err(from_sqlite)?;
-    let generation = view
-        .prepare_cached("SELECT generation FROM eventbus_group WHERE id = ?1")
-        .and_then(|mut statement| statement.query_row([seat.group], |row| row.get(0)).optional())
-        .map_err(from_sqlite)?;
-    let bounds: HashMap<u32, (u64, u64)> = view
-        .prepare_cached("SELECT partition, first, next FROM eventbus_partition WHERE topic = ?1")
-        .and_then(|mut statement| {
-            statement
-                .query_map([seat.topic], |row| Ok((row.get(0)?, (row.get(1)?, row.get(2)?))))
-                .and_then(Iterator::collect)
-        })
-        .map_err(from_sqlite)?;
-    let mut fetched = Vec::new();
-    for wanted in wanted {
-        let Some((first, next)) = bounds.get(&wanted.partition).copied() else { continue };
-        if first <= wanted.from && next <= wanted.from {
-            continue;
-        }
-        let rows = if first > wanted.from {
-            Vec::new()
-        } else {
-            row::read(&view, seat.topic, wanted.partition, wanted.from, next, max, max_bytes)?
-        };
-        fetched.push(Fetched { wanted, first, rows });
-    }
-    Ok((generation, fetched))
 }
 
 #[async_trait]
-impl Consumer for SqliteConsumer {
+impl<S: Store> Consumer for LeasedConsumer<S> {
     async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
         let _one_at_a_time = self.polling.lock().await;
         let member = &*self.member;
@@ -295,10 +237,10 @@ impl Consumer for SqliteConsumer {
     }
 
     async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
-        let _saving = self.member.saving.lock().await;
+        let turn = self.member.saving.clone().lock_owned().await;
         self.member.open()?;
         let mut lost = self.member.state.lock().settle(outcomes, Instant::now());
-        let moved = self.member.save().await?;
+        let moved = self.member.save(turn).await?;
         let state = self.member.state.lock();
         for (token, _) in outcomes {
             let Place { partition, epoch, .. } = Place::of(*token);
@@ -314,9 +256,10 @@ impl Consumer for SqliteConsumer {
     }
 
     async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
-        let _saving = self.member.saving.lock().await;
+        let turn = self.member.saving.clone().lock_owned().await;
         self.member.open()?;
-        self.member.save().await?;
+        self.member.save(turn).await?;
+        let _turn = self.member.saving.lock().await;
         let ours: Vec<u32> = {
             let mut state = self.member.state.lock();
             let ours: Vec<u32> = partitions
@@ -329,7 +272,7 @@ impl Consumer for SqliteConsumer {
             }
             ours
         };
-        self.member.hand_back(ours).await
+        self.member.store.release(&self.member.seat(), ours).await
     }
 
     async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled> {
@@ -342,27 +285,53 @@ impl Consumer for SqliteConsumer {
         match tokio::time::timeout_at(Instant::from_std(deadline), self.leave()).await {
             Ok(Err(error)) if error.kind() == ErrorKind::Closed => Ok(()),
             Ok(left) => left,
-            Err(_) => Err(Error::new(ErrorKind::Timeout, "the file did not take the leave in time")),
+            Err(_) => Err(Error::new(ErrorKind::Timeout, "the store did not take the leave in time")),
         }
     }
 }
 
-impl Drop for SqliteConsumer {
+impl<S: Store> Drop for LeasedConsumer<S> {
     fn drop(&mut self) {
         self.heartbeat.abort();
         if !self.member.closed.swap(true, Atomic::AcqRel) {
-            let seat = self.member.seat();
-            drop(self.member.store.submit(move |round| membership::leave(round, seat)));
+            self.member.store.clone().leave_soon(self.member.seat());
         }
     }
 }
 
-impl fmt::Debug for SqliteConsumer {
+impl<S: Store> fmt::Debug for LeasedConsumer<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SqliteConsumer")
+        f.debug_struct(S::NAME)
             .field("topic", &self.member.subscription.topic)
             .field("audience", &self.member.subscription.audience)
             .field("member", &self.member.id)
             .finish_non_exhaustive()
+    }
+}
+
+/// The consumers that a transport value opened, so that closing it closes them.
+pub(in crate::transport) struct Consumers<S: Store>(Mutex<Vec<Weak<LeasedConsumer<S>>>>);
+
+impl<S: Store> Default for Consumers<S> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<S: Store> Consumers<S> {
+    pub(in crate::transport) fn add(&self, consumer: &Arc<LeasedConsumer<S>>) {
+        let mut known = self.0.lock();
+        known.retain(|consumer| consumer.strong_count() > 0);
+        known.push(Arc::downgrade(consumer));
+    }
+
+    /// Ends all memberships; the first error is returned after all were tried.
+    pub(in crate::transport) async fn leave(&self) -> Result<()> {
+        let open: Vec<_> = self.0.lock().drain(..).filter_map(|consumer| consumer.upgrade()).collect();
+        let mut outcome = Ok(());
+        for consumer in open {
+            outcome = outcome.and(consumer.leave().await);
+        }
+        outcome
     }
 }
