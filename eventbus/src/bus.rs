@@ -13,8 +13,12 @@ use crate::transport::{Confirm, Publisher, Receipt, Transport};
 use crate::url::Url;
 
 /// The schemes of this build and of the others that exist, with the feature that brings each.
-const SCHEMES: [(&str, &str, bool); 2] =
-    [("memory", "memory", cfg!(feature = "memory")), ("sqlite", "sqlite", cfg!(feature = "sqlite"))];
+const SCHEMES: [(&str, &str, bool); 4] = [
+    ("memory", "memory", cfg!(feature = "memory")),
+    ("sqlite", "sqlite", cfg!(feature = "sqlite")),
+    ("postgres", "postgres", cfg!(feature = "postgres")),
+    ("postgresql", "postgres", cfg!(feature = "postgres")),
+];
 
 /// Opens the transport that an address names.
 ///
@@ -22,6 +26,7 @@ const SCHEMES: [(&str, &str, bool); 2] =
 /// |---|---|
 /// | `memory://` or `memory://name` | in this process; values of one name share a broker |
 /// | `sqlite://path/to/file.db` | one durable file, shared by several processes |
+/// | `postgres://user:password@host:port/database` | tables of a PostgreSQL database |
 ///
 /// Options follow a `?`; the module of each transport lists them.
 ///
@@ -42,6 +47,8 @@ pub async fn connect(url: &str) -> Result<Bus> {
         }
         #[cfg(feature = "sqlite")]
         "sqlite" => Ok(Bus::new(crate::transport::sqlite::Sqlite::open(&url).await?)),
+        #[cfg(feature = "postgres")]
+        "postgres" | "postgresql" => Ok(Bus::new(crate::transport::postgres::Postgres::open(&url).await?)),
         scheme => Err(unavailable(scheme)),
     }
 }

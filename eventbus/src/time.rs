@@ -1,6 +1,6 @@
-//! Times as RFC 3339 text.
+//! Times as RFC 3339 text, and as the nanoseconds that stores keep.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Writes a time as RFC 3339 in UTC, with as many digits as it needs.
 pub fn to_rfc3339(time: SystemTime) -> String {
@@ -10,6 +10,26 @@ pub fn to_rfc3339(time: SystemTime) -> String {
 /// Reads an RFC 3339 time with any offset; `None` if it is not one.
 pub fn from_rfc3339(text: &str) -> Option<SystemTime> {
     text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
+}
+
+/// Nanoseconds since 1970; of times out of range the nearest.
+pub(crate) fn to_nanos(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
+        Err(before) => i64::try_from(before.duration().as_nanos()).map_or(i64::MIN, |nanos| -nanos),
+    }
+}
+
+/// The time so many nanoseconds after 1970.
+pub(crate) fn from_nanos(nanos: i64) -> SystemTime {
+    let size = Duration::from_nanos(nanos.unsigned_abs());
+    let time = if nanos < 0 { UNIX_EPOCH.checked_sub(size) } else { UNIX_EPOCH.checked_add(size) };
+    time.unwrap_or(UNIX_EPOCH)
+}
+
+/// Nanoseconds of a duration; of durations out of range the longest.
+pub(crate) fn nanos(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -23,5 +43,12 @@ mod tests {
         }
         assert_eq!(from_rfc3339("2026-11-21T09:00:00+01:00"), from_rfc3339("2026-11-21T08:00:00Z"));
         assert_eq!(from_rfc3339("yesterday"), None);
+    }
+
+    #[test]
+    fn times_before_and_after_1970_round_trip() {
+        for nanos in [0, 1, -1, 1_700_000_000_123_456_789, -86_400_000_000_000] {
+            assert_eq!(to_nanos(from_nanos(nanos)), nanos);
+        }
     }
 }

@@ -14,6 +14,30 @@ pub struct Url {
     options: Vec<(String, String)>,
 }
 
+/// The parts of an address of servers. It has no `Debug`: a password is in it.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Authority<'a> {
+    /// Who connects.
+    pub user: Option<&'a str>,
+    /// With what.
+    pub password: Option<&'a str>,
+    /// Names or numbers, with ports; at least one.
+    pub hosts: Vec<(&'a str, u16)>,
+    /// What follows the first `/`, without it.
+    pub path: &'a str,
+}
+
+impl Authority<'_> {
+    /// Tells whether every host is this machine by its loopback address or name.
+    pub fn is_loopback(&self) -> bool {
+        let loops = |host: &str| {
+            host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+        };
+        self.hosts.iter().all(|(host, _)| loops(host))
+    }
+}
+
 /// Options whose values are never shown.
 const SECRET: [&str; 5] = ["password", "token", "secret", "key", "credentials"];
 
@@ -76,6 +100,58 @@ impl Url {
     pub fn duration(&self, name: &str, value: &str) -> Result<Duration> {
         parse_duration(value)
             .ok_or_else(|| self.bad_option(name, "is not a duration such as 250ms, 30s, 5m, 2h or 7d"))
+    }
+
+    /// Reads an option's value as one of a few words; returns which.
+    ///
+    /// # Errors
+    /// [`Config`](crate::ErrorKind::Config) naming the option and the words.
+    pub fn choice(&self, name: &str, value: &str, words: &[&str]) -> Result<usize> {
+        words.iter().position(|word| *word == value).ok_or_else(|| {
+            self.bad_option(name, "has another value than these").with("values", words.join(", "))
+        })
+    }
+
+    /// Reads the place as `user:password@host:port,host:port/path`, each part but a host optional.
+    ///
+    /// # Errors
+    /// [`Config`](crate::ErrorKind::Config) if there is no host, or a port is not one.
+    pub fn authority(&self, default_port: u16) -> Result<Authority<'_>> {
+        let (user, rest) = match self.place.rsplit_once('@') {
+            Some((user, rest)) => (Some(user), rest),
+            None => (None, self.place.as_str()),
+        };
+        let (user, password) = match user.map(|user| user.split_once(':').unwrap_or((user, ""))) {
+            Some((user, password)) => (Some(user), Some(password)),
+            None => (None, None),
+        };
+        let (hosts, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let hosts: Result<Vec<_>> = hosts.split(',').map(|host| self.host(host, default_port)).collect();
+        let (user, password) =
+            (user.filter(|text| !text.is_empty()), password.filter(|text| !text.is_empty()));
+        Ok(Authority { user, password, hosts: hosts?, path })
+    }
+
+    fn host<'a>(&self, text: &'a str, default_port: u16) -> Result<(&'a str, u16)> {
+        let bad = || {
+            Error::config("a host of an address is written name, name:port or [IPv6]:port")
+                .with("scheme", &self.scheme)
+        };
+        let (host, port) = match text.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or_else(bad)?;
+                (host, if port.is_empty() { None } else { Some(port.strip_prefix(':').ok_or_else(bad)?) })
+            }
+            None => match text.split_once(':') {
+                Some((host, port)) => (host, Some(port)),
+                None => (text, None),
+            },
+        };
+        if host.is_empty() {
+            return Err(bad());
+        }
+        let port = port.map_or(Ok(default_port), |port| port.parse().map_err(|_| bad()))?;
+        Ok((host, port))
     }
 
     /// Reports a value that an option cannot take.
@@ -173,6 +249,21 @@ mod tests {
         assert!(url.to_string().contains("acks=all") && url.to_string().contains("me:***@host:1"));
         for bad in ["canary", "://canary", "a b://canary", "x://y?canary", "x://%zzcanary"] {
             assert!(!Url::parse(bad).unwrap_err().to_string().contains("canary"));
+        }
+    }
+
+    #[test]
+    fn servers_have_parts() {
+        let url = Url::parse("x://me:p%40ss:w@a:1,[::1]:2,c/v%2Fhost").unwrap();
+        let place = url.authority(9).unwrap();
+        assert_eq!((place.user, place.password), (Some("me"), Some("p@ss:w")));
+        assert_eq!((place.hosts.clone(), place.path), (vec![("a", 1), ("::1", 2), ("c", 9)], "v/host"));
+        assert!(!place.is_loopback());
+        for local in ["x://127.0.0.1", "x://localhost:5,[::1]/db", "x://:pw@127.0.0.9"] {
+            assert!(Url::parse(local).unwrap().authority(1).unwrap().is_loopback(), "{local}");
+        }
+        for bad in ["x://", "x://:5", "x://a:b", "x://a:99999", "x://[::1", "x://a,,b", "x://me@"] {
+            assert!(Url::parse(bad).unwrap().authority(1).is_err(), "{bad}");
         }
     }
 

@@ -1,9 +1,11 @@
 //! Subjects and broken transports for the whole-system tests.
 
 pub mod around;
+pub mod brokers;
 pub mod disk;
 pub mod folder;
 pub mod mutant;
+pub mod proxy;
 pub mod subjects;
 
 #[cfg(doctest)]

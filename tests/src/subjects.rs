@@ -155,7 +155,8 @@ fn sqlite_in(
     })
     .with_child(move |arguments| {
         let mut command = std::process::Command::new(&child);
-        command.arg(&child_path).arg(broken).args(arguments);
+        let url = format!("sqlite://{}?session={}ms", child_path.display(), options.session.as_millis());
+        command.arg(url).arg(broken).args(arguments);
         command
     })
     .with_power(Power::new(

@@ -165,7 +165,7 @@ fn broker_types_stay_in_their_modules() {
 fn dependencies_do_not_need_a_newer_compiler_than_we_declare() {
     let cargo = std::env::var("CARGO").unwrap();
     let output = std::process::Command::new(cargo)
-        .args(["metadata", "--format-version", "1", "--offline", "--all-features"])
+        .args(["metadata", "--format-version", "1", "--locked", "--all-features"])
         .current_dir(root())
         .output()
         .unwrap();

@@ -56,8 +56,9 @@ pub(super) async fn retry_after_waits(mut cx: Cx) -> Checked {
     let (after, slack) = (Duration::from_millis(600), cx.settings().idle / 2);
     s.publish(&events[..1]).await?;
     let got = member.take(1).await?;
-    member.settle(&got, Settle::Retry { after: Some(after) }).await?;
+    // From the call on: storing it may take a while.
     let started = Instant::now();
+    member.settle(&got, Settle::Retry { after: Some(after) }).await?;
     s.publish(&events[1..]).await?;
     let other = member.take(1).await?;
     ensure!(started.elapsed() < after, "another event waited for the delayed one");

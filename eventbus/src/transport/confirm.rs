@@ -62,7 +62,10 @@ impl Receipts {
         self.0.push(outcome);
     }
 
-    #[cfg(any(feature = "memory", feature = "sqlite"))]
+    #[cfg_attr(
+        not(feature = "memory"),
+        allow(dead_code, reason = "what uses it depends on the transports that are built")
+    )]
     pub(crate) fn extend_from(&mut self, outcomes: impl Iterator<Item = Result<Receipt>>) {
         self.0.extend(outcomes);
     }

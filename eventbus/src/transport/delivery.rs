@@ -200,5 +200,8 @@ impl Settled {
 }
 
 /// The count of a first delivery.
-#[cfg(any(feature = "memory", feature = "sqlite"))]
+#[cfg_attr(
+    not(feature = "memory"),
+    allow(dead_code, reason = "what uses it depends on the transports that are built")
+)]
 pub(crate) const FIRST: NonZeroU32 = NonZeroU32::MIN;

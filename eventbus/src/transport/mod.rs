@@ -12,26 +12,16 @@
 mod confirm;
 mod delivery;
 
-#[cfg(any(feature = "memory", feature = "sqlite"))]
-#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
-mod admit;
-#[cfg(any(feature = "memory", feature = "sqlite"))]
-#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
-mod assign;
-#[cfg(any(feature = "memory", feature = "sqlite"))]
-#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
-mod cursor;
-#[cfg(any(feature = "memory", feature = "sqlite"))]
-#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
-mod hand;
-#[cfg(feature = "sqlite")]
-mod leased;
-#[cfg(any(feature = "memory", feature = "sqlite"))]
-#[cfg_attr(not(all(feature = "memory", feature = "sqlite")), allow(dead_code, reason = "shared by both"))]
-mod wall;
+#[cfg_attr(
+    not(all(feature = "memory", feature = "sqlite", feature = "postgres")),
+    allow(dead_code, reason = "what of it is used depends on the transports that are built")
+)]
+mod kit;
 
 #[cfg(feature = "memory")]
 pub mod memory;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 

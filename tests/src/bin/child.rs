@@ -1,12 +1,10 @@
-//! A process of its own on the SQLite store, for the cases that kill it. It can be broken on purpose.
+//! A process of its own on any transport, for the cases that kill it. It can be broken on purpose.
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
-use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
     Confirm, Consumer, Envelope, Error, ErrorKind, PartitionId, Polled, Publisher, Receipt, Result, Settle,
     Topic, Transport,
@@ -27,17 +25,15 @@ async fn main() -> ExitCode {
 }
 
 async fn play(arguments: &[String]) -> Result<()> {
-    let [path, broken, role @ ..] = arguments else {
-        return Err(Error::new(ErrorKind::Config, "usage: child FILE sound|DEFECT ROLE…"));
+    let [url, broken, role @ ..] = arguments else {
+        return Err(Error::new(ErrorKind::Config, "usage: child URL sound|DEFECT ROLE…"));
     };
-    let mut options = Options::default();
-    options.session = Duration::from_secs(2);
-    let sqlite = Sqlite::open_path(path, options).await?;
+    let sound = eventbus::connect(url).await?.transport().clone();
     let transport: Arc<dyn Transport> = match broken.as_str() {
-        "sound" => Arc::new(sqlite),
+        "sound" => sound,
         _ => {
             let change = Broken { confirms_early: broken == "confirms_before_storing" };
-            Arc::new(Around { inner: Arc::new(sqlite), change })
+            Arc::new(Around { inner: sound, change })
         }
     };
     eventbus::conformance::child(transport, role).await

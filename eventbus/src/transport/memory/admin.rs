@@ -15,8 +15,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::transport::Content;
-use crate::transport::cursor::Cursor;
-use crate::transport::hand::MAX_PARTITIONS;
+use crate::transport::kit::cursor::Cursor;
+use crate::transport::kit::hand::MAX_PARTITIONS;
 
 fn describe(state: &TopicState) -> TopicInfo {
     let inner = state.lock();

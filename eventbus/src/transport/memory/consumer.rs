@@ -17,8 +17,8 @@ use crate::capability::Ordering;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::subscription::{Audience, Start, Subscription};
-use crate::transport::cursor::{Entry, Order, Past, Settling, lease_end};
-use crate::transport::hand::{self, Place};
+use crate::transport::kit::cursor::{Entry, Order, Past, Settling, lease_end};
+use crate::transport::kit::hand::{self, Place};
 use crate::transport::{Consumer, Delivery, Polled, Settle, Settled, Token};
 
 pub(super) struct MemoryConsumer {

@@ -11,9 +11,10 @@ use tokio::time::Instant;
 use super::closing::Closing;
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
-use crate::transport::cursor::{Cursor, Order, lease_end};
-use crate::transport::hand::Hand;
-use crate::transport::{Polled, assign};
+use crate::transport::Polled;
+use crate::transport::kit::assign;
+use crate::transport::kit::cursor::{Cursor, Order, lease_end};
+use crate::transport::kit::hand::Hand;
 
 pub(super) struct GroupState {
     pub(super) members: BTreeMap<u64, Member>,

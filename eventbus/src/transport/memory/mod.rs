@@ -33,8 +33,8 @@ use parking_lot::Mutex;
 use self::closing::Closing;
 use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
-use super::hand::MAX_PARTITIONS;
-use super::wall::Wall;
+use super::kit::hand::MAX_PARTITIONS;
+use super::kit::wall::Wall;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{

@@ -14,7 +14,7 @@ use super::topic::TopicState;
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
 use crate::name::Topic;
-use crate::transport::admit::Admitted;
+use crate::transport::kit::admit::Admitted;
 use crate::transport::{Confirm, Publisher, Receipts};
 
 pub(super) struct MemoryPublisher {

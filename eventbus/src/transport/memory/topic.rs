@@ -18,7 +18,7 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Group;
 use crate::partition::PartitionId;
-use crate::transport::wall::Wall;
+use crate::transport::kit::wall::Wall;
 use crate::transport::{Content, Receipt};
 
 /// How often a consumer lets others run before it sleeps on the lock.

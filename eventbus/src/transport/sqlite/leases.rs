@@ -14,7 +14,7 @@ use super::store::Store;
 use super::{clock, row};
 use crate::error::Result;
 use crate::subscription::Subscription;
-use crate::transport::leased::{self, Fetched, Look, Progress, Standing, Wanted};
+use crate::transport::kit::leased::{self, Fetched, Look, Progress, Standing, Wanted};
 
 #[async_trait]
 impl leased::Store for Store {
@@ -30,7 +30,7 @@ impl leased::Store for Store {
         self.options.session
     }
 
-    fn news(&self) -> watch::Receiver<u64> {
+    fn news(&self, _group: &GroupRow) -> watch::Receiver<u64> {
         self.news()
     }
 

@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
 use crate::subscription::{Audience, Start, Subscription};
-use crate::transport::cursor::Past;
-use crate::transport::leased::{self, Gained, Progress, Share, Standing, Step};
+use crate::transport::kit::cursor::Past;
+use crate::transport::kit::leased::{self, Gained, Progress, Share, Standing, Step};
 
 /// A group of a topic.
 #[derive(Debug, Clone, Copy)]

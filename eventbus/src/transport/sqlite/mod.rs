@@ -37,7 +37,8 @@ use async_trait::async_trait;
 
 use self::publisher::SqlitePublisher;
 use self::store::Store;
-use super::leased::{Consumers, LeasedConsumer};
+use super::kit::leased::{Consumers, LeasedConsumer};
+use super::kit::queue::MAX_WAITING_BYTES;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{
@@ -105,7 +106,7 @@ impl Options {
         if self.partitions == 0 || self.partitions > schema::MAX_PARTITIONS {
             return Err(Error::config("partitions must be 1 to 4096"));
         }
-        if self.max_event_bytes == 0 || self.max_event_bytes > store::MAX_WAITING_BYTES {
+        if self.max_event_bytes == 0 || self.max_event_bytes > MAX_WAITING_BYTES {
             return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
         }
         if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {

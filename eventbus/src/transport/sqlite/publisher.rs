@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use super::clock;
 use super::row;
 use super::schema::{MAX_OFFSET, from_sqlite, position};
-use super::store::{MAX_WAITING_BYTES, MAX_WAITING_EVENTS, Store};
+use super::store::Store;
 use super::topics;
 use super::writer::{Command, End, Job, Round};
 use crate::admin::Offset;
@@ -18,8 +18,8 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::{self, PartitionId};
-use crate::transport::admit::{Admitted, Refused};
-use crate::transport::{Confirm, Publisher, Receipt, Resolver};
+use crate::transport::kit::queue::Queued;
+use crate::transport::{Confirm, Publisher, Receipt};
 
 pub(super) struct SqlitePublisher {
     store: Arc<Store>,
@@ -46,30 +46,10 @@ impl fmt::Debug for SqlitePublisher {
 #[async_trait]
 impl Publisher for SqlitePublisher {
     async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
-        self.open()?;
-        let admitted = Admitted::check(batch, self.store.options.max_event_bytes);
-        admitted.fits(MAX_WAITING_EVENTS, MAX_WAITING_BYTES)?;
-        let closed = |_| Error::closed("store");
-        let events_room =
-            self.store.room_events.acquire_many(admitted.events.len() as u32).await.map_err(closed)?;
-        let bytes_room = self.store.room_bytes.acquire_many(admitted.n_bytes as u32).await.map_err(closed)?;
-        self.open()?;
-        let n_bytes = admitted.n_bytes;
-        let (events, refused) = admitted.into_parts();
-        let (confirm, resolver) = Confirm::waiting(events.len() + refused.len());
-        let n_events = events.len();
-        let publish = Publish {
-            topic: topic.clone(),
-            events,
-            refused,
-            resolver,
-            stored: Vec::new(),
-            room: Room { store: self.store.clone(), n_events, n_bytes },
-        };
+        let max_event_bytes = self.store.options.max_event_bytes;
+        let (queued, confirm) = self.store.room.accept(topic, batch, max_event_bytes, || self.open()).await?;
+        let publish = Publish { queued, stored: Vec::new(), partitions: self.store.options.partitions };
         self.store.send(Command::Job(Box::new(publish)))?;
-        // The job gives the room back when it is answered.
-        events_room.forget();
-        bytes_room.forget();
         Ok(confirm)
     }
 
@@ -86,35 +66,19 @@ impl Publisher for SqlitePublisher {
     }
 }
 
-/// Room that a job holds; given back however the job ends.
-struct Room {
-    store: Arc<Store>,
-    n_events: usize,
-    n_bytes: usize,
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        self.store.room_events.add_permits(self.n_events);
-        self.store.room_bytes.add_permits(self.n_bytes);
-    }
-}
-
 struct Publish {
-    topic: Topic,
-    events: Vec<Envelope>,
-    refused: Refused,
-    resolver: Resolver,
+    queued: Queued,
     stored: Vec<Receipt>,
-    room: Room,
+    /// Of a topic that is created on use.
+    partitions: u32,
 }
 
 impl Job for Publish {
     fn run(&mut self, round: &mut Round<'_>) -> Result<()> {
-        if self.events.is_empty() {
+        if self.queued.events.is_empty() {
             return Ok(());
         }
-        self.stored = store_events(round, &self.topic, &self.events, self.room.store.options.partitions)?;
+        self.stored = store_events(round, &self.queued.topic, &self.queued.events, self.partitions)?;
         Ok(())
     }
 
@@ -123,17 +87,14 @@ impl Job for Publish {
     }
 
     fn done(self: Box<Self>, outcome: Result<()>) {
-        let Self { events, refused, resolver, stored, room, .. } = *self;
-        let receipts = match outcome {
-            Ok(()) => Admitted::receipts(refused, stored.into_iter().map(Ok)),
-            Err(error) => Admitted::receipts(refused, events.iter().map(|_| Err(error.duplicate()))),
-        };
-        drop(room);
-        resolver.resolve(receipts);
+        match outcome {
+            Ok(()) => self.queued.answer(self.stored.into_iter().map(Ok)),
+            Err(error) => self.queued.fail(&error),
+        }
     }
 
     fn size_bytes(&self) -> usize {
-        self.room.n_bytes
+        self.queued.n_bytes
     }
 }
 

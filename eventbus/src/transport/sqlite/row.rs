@@ -13,7 +13,7 @@ use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Key;
 use crate::text::Text;
-use crate::transport::leased::Stored;
+use crate::transport::kit::leased::Stored;
 use crate::transport::{Content, Undecodable};
 
 /// The columns in the order [`stored`] reads them.

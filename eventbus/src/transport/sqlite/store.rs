@@ -10,18 +10,16 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rusqlite::Connection;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use super::Options;
 use super::retention::Trim;
 use super::schema::{self, Role};
 use super::writer::{Command, Counters, Job, Round, Writer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::transport::wall::Wall;
+use crate::transport::kit::queue::Room;
+use crate::transport::kit::wall::Wall;
 
-/// Accepted and not yet confirmed: events and bytes that wait for the writer.
-pub(super) const MAX_WAITING_EVENTS: usize = 65_536;
-pub(super) const MAX_WAITING_BYTES: usize = 64 << 20;
 /// How often the file is asked whether another process wrote to it; the call reads one shared page.
 const WATCH_EVERY: Duration = Duration::from_millis(5);
 const TRIM_EVERY: Duration = Duration::from_secs(10);
@@ -31,8 +29,7 @@ type Read = Box<dyn FnOnce(&mut Connection) + Send>;
 pub(super) struct Store {
     pub(super) path: PathBuf,
     pub(super) options: Options,
-    pub(super) room_events: Semaphore,
-    pub(super) room_bytes: Semaphore,
+    pub(super) room: Room,
     pub(super) closed: AtomicBool,
     pub(super) counters: Arc<Counters>,
     /// Stepped by tests.
@@ -70,8 +67,7 @@ impl Store {
         let store = Arc::new(Self {
             path: path.to_owned(),
             options,
-            room_events: Semaphore::new(MAX_WAITING_EVENTS),
-            room_bytes: Semaphore::new(MAX_WAITING_BYTES),
+            room: Room::default(),
             closed: AtomicBool::new(false),
             counters,
             #[cfg(any(test, feature = "conformance"))]

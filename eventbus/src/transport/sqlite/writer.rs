@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use super::schema::{self, Role, from_sqlite};
 use crate::error::{Error, ErrorKind, Result};
-use crate::transport::wall::Wall;
+use crate::transport::kit::wall::Wall;
 
 /// Work for one transaction.
 pub(super) trait Job: Send {

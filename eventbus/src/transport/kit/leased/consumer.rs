@@ -17,8 +17,8 @@ use super::{Seat, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
-use crate::transport::cursor::lease_end;
-use crate::transport::hand::Place;
+use crate::transport::kit::cursor::lease_end;
+use crate::transport::kit::hand::Place;
 use crate::transport::{Consumer, Polled, Settle, Settled, Token};
 
 pub(in crate::transport) struct LeasedConsumer<S: Store> {
@@ -37,7 +37,7 @@ struct Member<S: Store> {
     id: AtomicU64,
     state: Mutex<Partitions>,
     /// One coordination with the group at a time.
-    coordinating: tokio::sync::Mutex<()>,
+    coordinating: Arc<tokio::sync::Mutex<()>>,
     /// One settle is saved at a time, so that what is settled later is saved later.
     saving: Arc<tokio::sync::Mutex<()>>,
     wake: Notify,
@@ -59,7 +59,7 @@ impl<S: Store> LeasedConsumer<S> {
                 id: AtomicU64::new(seat.member),
                 state: Mutex::new(Partitions::new(&wanted)),
                 subscription: wanted,
-                coordinating: tokio::sync::Mutex::default(),
+                coordinating: Arc::default(),
                 saving: Arc::default(),
                 wake: Notify::new(),
                 closed: AtomicBool::new(false),
@@ -117,9 +117,22 @@ impl<S: Store> Member<S> {
     }
 
     /// Renews the seat and brings ownership in line with the group.
-    async fn coordinate(&self) -> Result<()> {
-        let _one_at_a_time = self.coordinating.lock().await;
+    ///
+    /// On a task of its own, which holds the turn to its end: what the store was asked in vain must be over before
+    /// it is asked again, or an old answer would take a partition under an epoch that nobody here knows.
+    async fn coordinate(self: &Arc<Self>) -> Result<()> {
+        let turn = self.coordinating.clone().lock_owned().await;
         self.open()?;
+        let member = self.clone();
+        let coordinating = tokio::spawn(async move {
+            let coordinated = member.stand().await;
+            drop(turn);
+            coordinated
+        });
+        coordinating.await.map_err(interrupted)?
+    }
+
+    async fn stand(&self) -> Result<()> {
         let overdue = self.state.lock().overdue(Instant::now());
         if !overdue.is_empty() {
             self.store.release(&self.seat(), overdue.clone()).await?;
@@ -138,8 +151,25 @@ impl<S: Store> Member<S> {
         Ok(())
     }
 
+    /// Hands partitions back, on a task of its own as [`coordinate`](Self::coordinate) is.
+    async fn release(self: &Arc<Self>, partitions: Vec<u32>) -> Result<()> {
+        // Between forgetting a partition and letting the store forget it, a look at the group would take it again.
+        let turns = (self.saving.clone().lock_owned().await, self.coordinating.clone().lock_owned().await);
+        let member = self.clone();
+        let releasing = tokio::spawn(async move {
+            let ours: Vec<u32> = {
+                let mut state = member.state.lock();
+                partitions.into_iter().filter(|partition| state.forget(*partition)).collect()
+            };
+            let released = member.store.release(&member.seat(), ours).await;
+            drop(turns);
+            released
+        });
+        releasing.await.map_err(interrupted)?
+    }
+
     /// Reads what the owned partitions have, and whether the group changed.
-    async fn fetch(&self) -> Result<()> {
+    async fn fetch(self: &Arc<Self>) -> Result<()> {
         let wanted = self.state.lock().wanted(self.subscription.window_bytes.get());
         let max = self.subscription.window.get().min(READ_AHEAD);
         let max_bytes = self.subscription.window_bytes.get() / wanted.len().max(1);
@@ -197,8 +227,8 @@ impl<S: Store> Member<S> {
 impl<S: Store> Consumer for LeasedConsumer<S> {
     async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
         let _one_at_a_time = self.polling.lock().await;
-        let member = &*self.member;
-        let mut news = member.store.news();
+        let member = &self.member;
+        let mut news = member.store.news(&member.group);
         loop {
             if member.open().is_err() {
                 return Ok(Polled::Closed);
@@ -259,20 +289,7 @@ impl<S: Store> Consumer for LeasedConsumer<S> {
         let turn = self.member.saving.clone().lock_owned().await;
         self.member.open()?;
         self.member.save(turn).await?;
-        let _turn = self.member.saving.lock().await;
-        let ours: Vec<u32> = {
-            let mut state = self.member.state.lock();
-            let ours: Vec<u32> = partitions
-                .iter()
-                .map(|partition| partition.0)
-                .filter(|partition| state.owns_any(*partition))
-                .collect();
-            for partition in &ours {
-                state.forget(*partition);
-            }
-            ours
-        };
-        self.member.store.release(&self.member.seat(), ours).await
+        self.member.release(partitions.iter().map(|partition| partition.0).collect()).await
     }
 
     async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled> {

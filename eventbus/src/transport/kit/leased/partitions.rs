@@ -10,8 +10,8 @@ use super::{Fetched, Gained, Progress, Standing, Stored, Wanted};
 use crate::error::{Error, ErrorKind};
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
-use crate::transport::cursor::{Cursor, Entry, Order, Past, Settling, lease_end};
-use crate::transport::hand::{self, Hand, Place};
+use crate::transport::kit::cursor::{Cursor, Entry, Order, Past, Settling, lease_end};
+use crate::transport::kit::hand::{self, Hand, Place};
 use crate::transport::{Delivery, Polled, Settle, Token};
 
 pub(super) struct Partitions {
@@ -127,10 +127,6 @@ impl Partitions {
     pub(super) fn overdue(&self, now: Instant) -> Vec<u32> {
         let late = |owned: &Owned| owned.revoke_at.is_some_and(|end| end <= now);
         self.owned.iter().filter(|(_, owned)| late(owned)).map(|(partition, _)| *partition).collect()
-    }
-
-    pub(super) fn owns_any(&self, partition: u32) -> bool {
-        self.owned.contains_key(&partition)
     }
 
     pub(super) fn owns(&self, partition: u32, epoch: u32) -> bool {

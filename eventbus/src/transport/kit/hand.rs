@@ -5,9 +5,9 @@ use std::num::NonZeroUsize;
 use tokio::time::Instant;
 
 use super::cursor::{Cursor, Entry, Handed};
-use super::delivery::{Delivery, Token};
 use crate::admin::Offset;
 use crate::partition::PartitionId;
+use crate::transport::delivery::{Delivery, Token};
 
 /// Unsettled events in the hand of one consumer, against the bound of its window.
 #[derive(Debug)]

@@ -15,18 +15,18 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-pub(super) use self::consumer::{Consumers, LeasedConsumer};
+pub(in crate::transport) use self::consumer::{Consumers, LeasedConsumer};
 use super::assign;
 use super::cursor::Past;
-use super::delivery::Content;
 use crate::error::Result;
 use crate::subscription::Subscription;
+use crate::transport::delivery::Content;
 
 /// What keeps events, groups and members for [`LeasedConsumer`].
 ///
 /// Dropping a future of these leaves the work done, not begun, or going on by itself: never half done.
 #[async_trait]
-pub(super) trait Store: Send + Sync + 'static {
+pub(in crate::transport) trait Store: Send + Sync + 'static {
     /// How the store names a group of a topic.
     type Group: Clone + fmt::Debug + Send + Sync + 'static;
 
@@ -39,8 +39,8 @@ pub(super) trait Store: Send + Sync + 'static {
     /// A member that is silent for so long loses its partitions.
     fn session(&self) -> Duration;
 
-    /// Rings when events may have been stored or a group may have changed.
-    fn news(&self) -> watch::Receiver<u64>;
+    /// Rings when events of the group's topic may have been stored, or the group may have changed.
+    fn news(&self, group: &Self::Group) -> watch::Receiver<u64>;
 
     /// Enters a group, creating it (and where topics are created on use, the topic).
     async fn join(self: &Arc<Self>, subscription: &Subscription) -> Result<Seat<Self::Group>>;
@@ -75,87 +75,87 @@ pub(super) trait Store: Send + Sync + 'static {
 
 /// Where a member sits.
 #[derive(Debug, Clone)]
-pub(super) struct Seat<G> {
-    pub(super) group: G,
+pub(in crate::transport) struct Seat<G> {
+    pub(in crate::transport) group: G,
     /// The member's id; it gets a new one if others had declared it dead.
-    pub(super) member: u64,
+    pub(in crate::transport) member: u64,
 }
 
 /// A partition that is ours now.
-pub(super) struct Gained {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) floor: u64,
+pub(in crate::transport) struct Gained {
+    pub(in crate::transport) partition: u32,
+    pub(in crate::transport) epoch: u32,
+    pub(in crate::transport) floor: u64,
     /// Events above the floor that are settled, or wait.
-    pub(super) exceptions: HashMap<u64, Past>,
+    pub(in crate::transport) exceptions: HashMap<u64, Past>,
 }
 
 /// What a member learns of its group.
-pub(super) struct Standing {
+pub(in crate::transport) struct Standing {
     /// The member's id; a new one if others had declared it dead.
-    pub(super) member: u64,
-    pub(super) generation: u64,
-    pub(super) gained: Vec<Gained>,
+    pub(in crate::transport) member: u64,
+    pub(in crate::transport) generation: u64,
+    pub(in crate::transport) gained: Vec<Gained>,
     /// Partitions the caller thought to own, and does not.
-    pub(super) lost: Vec<u32>,
+    pub(in crate::transport) lost: Vec<u32>,
     /// Partitions of ours that another member should have.
-    pub(super) to_release: Vec<u32>,
+    pub(in crate::transport) to_release: Vec<u32>,
 }
 
 /// A member's progress in one partition.
 #[derive(Debug, Clone)]
-pub(super) struct Progress {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) floor: u64,
+pub(in crate::transport) struct Progress {
+    pub(in crate::transport) partition: u32,
+    pub(in crate::transport) epoch: u32,
+    pub(in crate::transport) floor: u64,
     /// What changed at or above the floor.
-    pub(super) changed: Vec<(u64, Past)>,
+    pub(in crate::transport) changed: Vec<(u64, Past)>,
     /// Whether entries below the floor may be stored.
-    pub(super) has_exceptions: bool,
+    pub(in crate::transport) has_exceptions: bool,
 }
 
 /// From where a partition is to be read.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Wanted {
-    pub(super) partition: u32,
-    pub(super) epoch: u32,
-    pub(super) from: u64,
+pub(in crate::transport) struct Wanted {
+    pub(in crate::transport) partition: u32,
+    pub(in crate::transport) epoch: u32,
+    pub(in crate::transport) from: u64,
 }
 
 /// What a read found.
-pub(super) struct Look {
+pub(in crate::transport) struct Look {
     /// Changes with every join, leave and release.
-    pub(super) generation: u64,
-    pub(super) fetched: Vec<Fetched>,
+    pub(in crate::transport) generation: u64,
+    pub(in crate::transport) fetched: Vec<Fetched>,
 }
 
 /// What was read of one partition: events from `wanted.from` on, unless what `first` says is gone.
-pub(super) struct Fetched {
-    pub(super) wanted: Wanted,
+pub(in crate::transport) struct Fetched {
+    pub(in crate::transport) wanted: Wanted,
     /// Everything below was removed.
-    pub(super) first: u64,
-    pub(super) rows: Vec<Stored>,
+    pub(in crate::transport) first: u64,
+    pub(in crate::transport) rows: Vec<Stored>,
 }
 
 /// An event with its place.
 #[derive(Debug)]
-pub(super) struct Stored {
-    pub(super) offset: u64,
-    pub(super) stored_at: SystemTime,
-    pub(super) content: Content,
+pub(in crate::transport) struct Stored {
+    pub(in crate::transport) offset: u64,
+    pub(in crate::transport) stored_at: SystemTime,
+    pub(in crate::transport) content: Content,
 }
 
 /// What a group's entries say of one partition.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Share {
-    pub(super) partition: u32,
-    pub(super) owner: Option<u64>,
-    pub(super) epoch: u32,
+pub(in crate::transport) struct Share {
+    pub(in crate::transport) partition: u32,
+    pub(in crate::transport) owner: Option<u64>,
+    pub(in crate::transport) epoch: u32,
 }
 
 /// What a member does about one partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
+pub(in crate::transport) enum Step {
     /// Make it its own under the next epoch, and load it.
     Take,
     /// It is its own under an epoch that it did not know: load it.
@@ -168,7 +168,7 @@ pub(super) enum Step {
 
 /// Decides for each partition of a group; `shares` holds them all in order, `members` those that live, ascending.
 /// Returns the steps, and the partitions that the member thought to own as they were, and does not.
-pub(super) fn steps(
+pub(in crate::transport) fn steps(
     member: u64,
     members: &[u64],
     shares: &[Share],

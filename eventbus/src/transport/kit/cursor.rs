@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::delivery::{Content, FIRST, Settle};
 use crate::name::Key;
+use crate::transport::delivery::{Content, FIRST, Settle};
 
 /// Most slots between the floor and the next event: what a long-delayed event lets others pass it by.
 const MAX_SPAN: usize = 16 * 1024;

@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use super::confirm::{Receipt, Receipts};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Key;
+use crate::transport::confirm::{Receipt, Receipts};
 
 /// A checked batch: the events to store, and the ones refused with their places.
 #[derive(Debug)]

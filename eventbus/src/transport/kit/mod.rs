@@ -1,0 +1,9 @@
+//! What transports share that keep deliveries themselves.
+
+pub(super) mod admit;
+pub(super) mod assign;
+pub(super) mod cursor;
+pub(super) mod hand;
+pub(super) mod leased;
+pub(super) mod queue;
+pub(super) mod wall;

@@ -1,0 +1,264 @@
+//! Publishing: one task stores whatever waits in one statement, the confirms resolve after its commit.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use sqlx::pool::PoolConnection;
+use sqlx::{Connection, PgConnection, Postgres, Row};
+use tokio::sync::{mpsc, oneshot};
+
+use super::row::Columns;
+use super::schema::{from_sqlx, is_unknown};
+use super::store::Store;
+use super::topics;
+use crate::admin::Offset;
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
+use crate::partition::{self, PartitionId};
+use crate::transport::kit::queue::Queued;
+use crate::transport::{Confirm, Publisher, Receipt};
+
+/// What goes into one statement at most.
+const MAX_ROUND_EVENTS: usize = 4096;
+const MAX_ROUND_BYTES: usize = 16 << 20;
+
+/// What the writing task is asked for, in order.
+pub(super) enum Work {
+    Publish(Queued),
+    Flush(oneshot::Sender<()>),
+    Stop(oneshot::Sender<()>),
+}
+
+pub(super) struct PostgresPublisher {
+    store: Arc<Store>,
+    closed: AtomicBool,
+}
+
+impl PostgresPublisher {
+    pub(super) fn new(store: Arc<Store>) -> Self {
+        Self { store, closed: AtomicBool::new(false) }
+    }
+
+    fn open(&self) -> Result<()> {
+        self.store.is_open()?;
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("publisher")) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for PostgresPublisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresPublisher").field("place", &self.store.place).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Publisher for PostgresPublisher {
+    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
+        let max_event_bytes = self.store.options.max_event_bytes;
+        let (queued, confirm) = self.store.room.accept(topic, batch, max_event_bytes, || self.open()).await?;
+        self.store.work.send(Work::Publish(queued)).map_err(|_| Error::closed("transport"))?;
+        Ok(confirm)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let (done, flushed) = oneshot::channel();
+        self.store.work.send(Work::Flush(done)).map_err(|_| Error::closed("transport"))?;
+        flushed.await.map_err(|_| Error::closed("transport"))
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Atomic::AcqRel) || self.store.is_open().is_err() {
+            return Ok(());
+        }
+        self.flush().await
+    }
+}
+
+/// Stores what is asked for until the store is closed.
+pub(super) async fn write(store: Weak<Store>, mut queue: mpsc::UnboundedReceiver<Work>) {
+    let mut writing = Writing::default();
+    while let Some(first) = queue.recv().await {
+        let Some(store) = store.upgrade() else { return };
+        let (mut round, mut n_events, mut n_bytes, mut next) = (Vec::new(), 0, 0, Some(first));
+        let mut answers = Vec::new();
+        let mut stop = None;
+        while let Some(work) = next.take() {
+            match work {
+                Work::Publish(queued) => {
+                    n_events += queued.events.len();
+                    n_bytes += queued.n_bytes;
+                    round.push(queued);
+                }
+                Work::Flush(done) => answers.push(done),
+                Work::Stop(done) => {
+                    stop = Some(done);
+                    break;
+                }
+            }
+            if n_events < MAX_ROUND_EVENTS && n_bytes < MAX_ROUND_BYTES {
+                next = queue.try_recv().ok();
+            }
+        }
+        store_round(&store, &mut writing, round).await;
+        answers.into_iter().for_each(|done| _ = done.send(()));
+        if let Some(done) = stop {
+            _ = done.send(());
+            return;
+        }
+    }
+}
+
+/// Stores a round and answers everybody in it.
+async fn store_round(store: &Arc<Store>, writing: &mut Writing, mut round: Vec<Queued>) {
+    // A second try is for topics that were deleted and created anew since they were looked up.
+    for last in [false, true] {
+        let outcome = try_store(store, writing, &round).await;
+        let mut rest = Vec::new();
+        match outcome {
+            Ok(places) => {
+                for (queued, places) in round.into_iter().zip(places) {
+                    match places {
+                        Ok(receipts) => queued.answer(receipts.into_iter().map(Ok)),
+                        Err(error) if error.kind() == ErrorKind::NotFound && !last => rest.push(queued),
+                        Err(error) => queued.fail(&error),
+                    }
+                }
+            }
+            Err(error) => round.into_iter().for_each(|queued| queued.fail(&error)),
+        }
+        if rest.is_empty() {
+            return;
+        }
+        round = rest;
+    }
+}
+
+/// The connection of the writing task, kept between rounds; one that failed is not used again.
+#[derive(Default)]
+struct Writing {
+    connection: Option<PoolConnection<Postgres>>,
+    used: Option<Instant>,
+}
+
+/// A connection that was idle for so long is asked whether it lives before events are entrusted to it.
+const TRUSTED: Duration = Duration::from_millis(500);
+
+impl Writing {
+    async fn connection(&mut self, store: &Store) -> Result<PoolConnection<Postgres>> {
+        let is_fresh = self.used.is_some_and(|used| used.elapsed() < TRUSTED);
+        if let Some(mut connection) = self.connection.take()
+            && (is_fresh || connection.ping().await.is_ok())
+        {
+            return Ok(connection);
+        }
+        store.pool.acquire().await.map_err(from_sqlx)
+    }
+
+    fn keep(&mut self, connection: PoolConnection<Postgres>) {
+        (self.connection, self.used) = (Some(connection), Some(Instant::now()));
+    }
+}
+
+/// Events of one batch on their way: the topic's id, and for each event its partition and how far behind the end
+/// it goes.
+type Placed = (i64, Vec<(u32, i64)>);
+
+/// Where the events of each batch were stored; one whose topic is missing is an error of its own.
+async fn try_store(
+    store: &Arc<Store>,
+    writing: &mut Writing,
+    round: &[Queued],
+) -> Result<Vec<Result<Vec<Receipt>>>> {
+    let mut connection = writing.connection(store).await?;
+    let stored = store_with(store, &mut connection, round).await;
+    match &stored {
+        Ok(_) => writing.keep(connection),
+        // Whatever is wrong with it goes with it.
+        Err(_) => drop(connection.detach()),
+    }
+    stored
+}
+
+async fn store_with(
+    store: &Arc<Store>,
+    connection: &mut PgConnection,
+    round: &[Queued],
+) -> Result<Vec<Result<Vec<Receipt>>>> {
+    let mut found: HashMap<&Topic, Result<(i64, u32)>> = HashMap::new();
+    for queued in round.iter().filter(|queued| !queued.events.is_empty()) {
+        if !found.contains_key(&queued.topic) {
+            let resolved = store.resolve(connection, &queued.topic).await;
+            found.insert(&queued.topic, resolved);
+        }
+    }
+    let mut columns = Columns::default();
+    let mut ranks: HashMap<(i64, u32), i64> = HashMap::new();
+    let mut places: Vec<Result<Placed>> = Vec::with_capacity(round.len());
+    for queued in round {
+        let (topic, n_partitions) = match found.get(&queued.topic) {
+            Some(Ok(found)) => *found,
+            Some(Err(error)) => {
+                places.push(Err(error.duplicate()));
+                continue;
+            }
+            None => (0, 1),
+        };
+        let mut of_batch = Vec::with_capacity(queued.events.len());
+        for event in &queued.events {
+            let partition = partition::of_envelope(event, n_partitions).0;
+            let rank = ranks.entry((topic, partition)).or_default();
+            columns.push(topic, partition, *rank, event);
+            of_batch.push((partition, *rank));
+            *rank += 1;
+        }
+        places.push(Ok((topic, of_batch)));
+    }
+    let mut ends: HashMap<(i64, u32), i64> = HashMap::new();
+    if !ranks.is_empty() {
+        ends = insert(connection, &columns).await?;
+        let mut topics: Vec<i64> = ranks.keys().map(|(topic, _)| *topic).collect();
+        topics.sort_unstable();
+        topics.dedup();
+        topics.into_iter().for_each(|topic| store.ring(topic));
+    }
+    let receipts = |(queued, place): (&Queued, Result<Placed>)| {
+        let (topic, of_batch) = place?;
+        let receipts = of_batch.into_iter().map(|(partition, rank)| {
+            let end = ends.get(&(topic, partition))?;
+            Some(Receipt::new(PartitionId(partition), Offset((end + rank).unsigned_abs())))
+        });
+        receipts.collect::<Option<Vec<_>>>().ok_or_else(|| {
+            store.topics.lock().remove(&queued.topic);
+            topics::missing(&queued.topic)
+        })
+    };
+    Ok(round.iter().zip(places).map(receipts).collect())
+}
+
+/// Runs the one statement; a deadlock with another process is tried again, since nothing of it was stored.
+async fn insert(connection: &mut PgConnection, columns: &Columns<'_>) -> Result<HashMap<(i64, u32), i64>> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match columns.insert().fetch_all(&mut *connection).await {
+            Ok(rows) => {
+                let end = |row: &sqlx::postgres::PgRow| {
+                    Ok(((row.try_get(0)?, row.try_get::<i32, _>(1)?.unsigned_abs()), row.try_get(2)?))
+                };
+                return rows.iter().map(end).collect::<Result<_, sqlx::Error>>().map_err(from_sqlx);
+            }
+            Err(error) if is_unknown(&error) => {
+                return Err(
+                    Error::new(ErrorKind::Unknown, "the connection ended before the answer").caused_by(error)
+                );
+            }
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("40P01") && tries < 5 => {}
+            Err(error) => return Err(from_sqlx(error)),
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! One open database: its connections, who waits for news, and the tasks that work on it.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
+use sqlx::{Executor, PgPool};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::Options;
+use super::publisher::{self, Work};
+use super::schema::{self, from_sqlx};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
+use crate::transport::kit::queue::Room;
+
+/// The channel on which processes tell each other the ids of topics that changed.
+pub(super) const CHANNEL: &str = "eventbus";
+
+/// How often readers look although nobody told them anything: a word on the channel may be lost.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+pub(super) struct Store {
+    pub(super) pool: PgPool,
+    pub(super) options: Options,
+    /// Where it is, without secrets.
+    pub(super) place: String,
+    pub(super) room: Room,
+    closed: AtomicBool,
+    pub(super) work: mpsc::UnboundedSender<Work>,
+    /// Topics by name: id and number of partitions.
+    pub(super) topics: Mutex<HashMap<Topic, (i64, u32)>>,
+    bells: Mutex<HashMap<i64, watch::Sender<u64>>>,
+    /// Tells the task that speaks on the channel which topics changed.
+    pub(super) told: mpsc::UnboundedSender<i64>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
+    /// Work in progress; closing waits for it.
+    n_busy: watch::Sender<usize>,
+}
+
+/// A piece of work in progress, which closing waits for.
+pub(super) struct Busy(watch::Sender<usize>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.send_modify(|n| *n -= 1);
+    }
+}
+
+impl Store {
+    pub(super) async fn open(connect: PgConnectOptions, options: Options) -> Result<Arc<Self>> {
+        // Commits are flushed whatever the server's default is, or are not, and that is said.
+        let commit = if options.flushed { "on" } else { "off" };
+        if !options.flushed {
+            tracing::warn!(
+                "commits are not flushed: confirmed events may be lost if the server's machine fails"
+            );
+        }
+        let connect = connect.options([("synchronous_commit", commit), ("lock_timeout", "10s")]);
+        let place = format!(
+            "{}:{}/{}",
+            connect.get_host(),
+            connect.get_port(),
+            connect.get_database().unwrap_or_default()
+        );
+        let pool = PgPoolOptions::new()
+            .max_connections(options.max_connections)
+            .acquire_timeout(options.timeout)
+            .test_before_acquire(false)
+            .max_lifetime(None)
+            .connect_lazy_with(connect);
+        let opening = {
+            let pool = pool.clone();
+            tokio::spawn(async move {
+                let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+                schema::migrate(&mut connection).await
+            })
+        };
+        let opened = opening.await.map_err(interrupted).and_then(|opened| opened);
+        if let Err(error) = opened {
+            pool.close().await;
+            return Err(error.with("place", place));
+        }
+        let (work, queue) = mpsc::unbounded_channel();
+        let (told, tell) = mpsc::unbounded_channel();
+        let store = Arc::new(Self {
+            pool,
+            options,
+            place,
+            room: Room::default(),
+            closed: AtomicBool::new(false),
+            work,
+            topics: Mutex::default(),
+            bells: Mutex::default(),
+            told,
+            tasks: Mutex::default(),
+            n_busy: watch::Sender::new(0),
+        });
+        let weak = Arc::downgrade(&store);
+        let tasks = [
+            tokio::spawn(publisher::write(weak.clone(), queue)),
+            tokio::spawn(tell_others(store.pool.clone(), tell)),
+            tokio::spawn(listen(store.pool.clone(), weak.clone())),
+            tokio::spawn(super::retention::keep(weak)),
+        ];
+        store.tasks.lock().extend(tasks);
+        Ok(store)
+    }
+
+    pub(super) fn is_open(&self) -> Result<()> {
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("transport")) } else { Ok(()) }
+    }
+
+    /// Runs a unit of work on a task of its own, which a caller who goes away does not end: a connection that is
+    /// dropped in the middle of a statement is lost.
+    pub(super) async fn run<T, F, Fut>(self: &Arc<Self>, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(Arc<Self>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T>> + Send,
+    {
+        self.is_open()?;
+        let (store, busy) = (self.clone(), self.begin());
+        let working = tokio::spawn(async move {
+            let outcome = work(store).await;
+            drop(busy);
+            outcome
+        });
+        working.await.map_err(interrupted)?
+    }
+
+    /// Notes that work begins.
+    pub(super) fn begin(&self) -> Busy {
+        self.n_busy.send_modify(|n| *n += 1);
+        Busy(self.n_busy.clone())
+    }
+
+    /// The bell of a topic: it rings when events were stored or a group changed.
+    pub(super) fn bell(&self, topic: i64) -> watch::Receiver<u64> {
+        self.bells.lock().entry(topic).or_default().subscribe()
+    }
+
+    /// Rings in this process and tells the others.
+    pub(super) fn ring(&self, topic: i64) {
+        self.ring_here(topic);
+        _ = self.told.send(topic);
+    }
+
+    fn ring_here(&self, topic: i64) {
+        if let Some(bell) = self.bells.lock().get(&topic) {
+            bell.send_modify(|n| *n += 1);
+        }
+    }
+
+    fn ring_all(&self) {
+        let mut bells = self.bells.lock();
+        bells.retain(|_, bell| bell.receiver_count() > 0);
+        bells.values().for_each(|bell| bell.send_modify(|n| *n += 1));
+    }
+
+    /// Ends what was opened, after everything accepted was answered. May be repeated.
+    pub(super) async fn close(self: &Arc<Self>) {
+        let (done, answered) = tokio::sync::oneshot::channel();
+        let first = !self.closed.swap(true, Atomic::AcqRel);
+        if first && self.work.send(Work::Stop(done)).is_ok() {
+            drop(answered.await);
+        }
+        let mut busy = self.n_busy.subscribe();
+        drop(busy.wait_for(|n| *n == 0).await);
+        let tasks = std::mem::take(&mut *self.tasks.lock());
+        tasks.iter().for_each(JoinHandle::abort);
+        for task in tasks {
+            drop(task.await);
+        }
+        // Whoever polls is woken to see that it is closed.
+        self.ring_all();
+        self.bells.lock().clear();
+        self.pool.close().await;
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        self.tasks.lock().iter().for_each(JoinHandle::abort);
+    }
+}
+
+fn interrupted(error: tokio::task::JoinError) -> Error {
+    Error::new(ErrorKind::Unexpected, "the work on the database was interrupted").caused_by(error)
+}
+
+/// Tells other processes which topics changed. Outside of the transactions that changed them: a notification takes
+/// a lock of the whole server until its commit (manual, NOTIFY), so nothing that matters must wait behind it.
+async fn tell_others(pool: PgPool, mut changed: mpsc::UnboundedReceiver<i64>) {
+    while let Some(first) = changed.recv().await {
+        let mut topics = vec![first];
+        while let Ok(more) = changed.try_recv() {
+            topics.push(more);
+        }
+        topics.sort_unstable();
+        topics.dedup();
+        let telling = async {
+            let mut connection = pool.acquire().await?;
+            let sql = "WITH fast AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+                SELECT pg_notify($1, topic::text) FROM fast, unnest($2::bigint[]) AS topic";
+            connection.execute(sqlx::query(sql).bind(CHANNEL).bind(topics)).await
+        };
+        if let Err(error) = telling.await {
+            tracing::debug!(%error, "other processes were not told of news; they look by themselves");
+        }
+    }
+}
+
+/// Hears what other processes tell, and has readers look from time to time all the same.
+async fn listen(pool: PgPool, store: std::sync::Weak<Store>) {
+    loop {
+        let listening = async {
+            let mut listener = PgListener::connect_with(&pool).await?;
+            listener.listen(CHANNEL).await?;
+            loop {
+                let heard = tokio::time::timeout(LOOK_EVERY, listener.try_recv()).await;
+                let Some(store) = store.upgrade() else { return Ok(()) };
+                match heard {
+                    Ok(Ok(Some(heard))) => match heard.payload().parse() {
+                        Ok(topic) => store.ring_here(topic),
+                        Err(_) => store.ring_all(),
+                    },
+                    // Words may have been missed, or none were said for a while.
+                    Ok(Ok(None)) | Err(_) => store.ring_all(),
+                    Ok(Err(error)) => return Err(error),
+                }
+            }
+        };
+        let ended: Result<(), sqlx::Error> = listening.await;
+        let Some(store) = store.upgrade() else { return };
+        if let Err(error) = ended {
+            tracing::debug!(%error, "news of other processes are not heard; readers look by themselves");
+        }
+        store.ring_all();
+        drop(store);
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}

@@ -1,0 +1,112 @@
+//! Real brokers as subjects of the suite.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use eventbus::conformance::Subject;
+use eventbus::{Error, ErrorKind, Result, Topic, Transport, Undecodable};
+use parking_lot::Mutex;
+use xtask::brokers::{self, Broker, Kind};
+
+use crate::proxy::{Proxy, Wire};
+
+/// How soon a silent member loses its seat, and the rest that cases wait for.
+const OPTIONS: &str = "declare=create&session=2s&timeout=5s";
+
+/// A transport on a broker that is shared with other tests, with the hooks that disturb nobody.
+pub fn shared(kind: Kind, child: &'static str) -> Subject {
+    // A missing broker fails every case, with the reason.
+    let url = brokers::url(kind).map(|url| format!("{url}?{OPTIONS}"));
+    with_raw(subject(kind, url.clone(), child), kind, url)
+}
+
+/// A transport on a broker of its own, which can be restarted, behind a wire that can fail.
+pub fn own(kind: Kind, child: &'static str) -> Subject {
+    let started = Broker::start(kind, None).and_then(|broker| {
+        let proxy = Proxy::before(broker.port()).map_err(|error| error.to_string())?;
+        Ok((broker, proxy))
+    });
+    let (broker, proxy) = match started {
+        Ok((broker, proxy)) => (broker, proxy),
+        Err(problem) => return subject(kind, Err(problem), child),
+    };
+    let port = |port: u16| format!("127.0.0.1:{port}");
+    let url = broker.url().replace(&port(broker.port()), &port(proxy.port()));
+    let subject = subject(kind, Ok(format!("{url}?{OPTIONS}")), child);
+    let (broker, proxy) = (Arc::new(Mutex::new(broker)), Arc::new(proxy));
+    subject
+        .with_restart(move || {
+            let broker = broker.clone();
+            async move {
+                let restarting = tokio::task::spawn_blocking(move || broker.lock().restart());
+                restarting.await.map_err(|error| error.to_string()).and_then(|done| done).map_err(missing)
+            }
+        })
+        .with_cut(move |on| {
+            let proxy = proxy.clone();
+            async move {
+                proxy.set(if on { Wire::DropAnswers } else { Wire::Whole });
+                if on {
+                    // Requests that are on their way arrive; then the connection is gone.
+                    std::thread::spawn(move || {
+                        std::thread::sleep(std::time::Duration::from_millis(500));
+                        proxy.reset();
+                    });
+                }
+                Ok(())
+            }
+        })
+}
+
+fn missing(problem: String) -> Error {
+    Error::new(ErrorKind::Unavailable, problem)
+}
+
+fn subject(kind: Kind, url: std::result::Result<String, String>, child: &'static str) -> Subject {
+    let of_child = url.clone();
+    Subject::new(kind.name(), move || {
+        let url = url.clone();
+        async move {
+            let bus = eventbus::connect(&url.map_err(missing)?).await?;
+            Ok(Arc::clone(bus.transport()) as Arc<dyn Transport>)
+        }
+    })
+    .with_child(move |arguments| {
+        let mut command = std::process::Command::new(PathBuf::from(child));
+        command.arg(of_child.clone().unwrap_or_default()).arg("sound").args(arguments);
+        command
+    })
+}
+
+fn with_raw(subject: Subject, kind: Kind, url: std::result::Result<String, String>) -> Subject {
+    subject.with_raw(move |topic, content| {
+        let url = url.clone();
+        async move {
+            match kind {
+                Kind::Postgres => postgres(&url.map_err(missing)?, &topic, content).await,
+                _ => Err(missing(format!("no way to put raw bytes into {kind}"))),
+            }
+        }
+    })
+}
+
+/// Writes a row that no version of ours would write.
+async fn postgres(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
+    let failed = |error: sqlx::Error| Error::new(ErrorKind::Unexpected, "raw insert").caused_by(error);
+    let place = url.split('?').next().unwrap_or_default();
+    let pool = sqlx::PgPool::connect(place).await.map_err(failed)?;
+    let sql = r#"WITH moved AS (
+          UPDATE eventbus_partition p SET next = next + 1 FROM eventbus_topic t
+          WHERE t.name = $1 AND p.topic = t.id AND p.partition = 0 RETURNING p.topic, p.next - 1 AS "offset")
+        INSERT INTO eventbus_event (topic, partition, "offset", stored_at, size, source, version, headers, payload)
+        SELECT topic, 0, "offset", 0, 0, 's', -7, $2, $3 FROM moved"#;
+    sqlx::query(sql)
+        .bind(topic.as_str())
+        .bind(content.headers.as_block().as_ref())
+        .bind(content.raw.as_deref())
+        .execute(&pool)
+        .await
+        .map_err(failed)?;
+    pool.close().await;
+    Ok(())
+}
