@@ -2,7 +2,6 @@
 
 mod audit;
 mod chain;
-mod cloudevents;
 mod context;
 mod dlq;
 mod doctor;

@@ -13,7 +13,7 @@ use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::say;
 use crate::progress::{Progress, Style};
-use crate::{cloudevents, record};
+use crate::record;
 
 /// How input is cut into events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -195,7 +195,8 @@ impl Publish {
                 let value: Value = serde_json::from_str(line).map_err(|error| place(error.to_string()))?;
                 record::from_json(&value).map_err(|failure| place(failure.to_string()))
             }
-            Input::Cloudevents => cloudevents::parse(line).map_err(|failure| place(failure.to_string())),
+            Input::Cloudevents => eventbus::cloudevents::from_json(line.as_bytes())
+                .map_err(|failure| place(failure.message().to_owned())),
             Input::Jsonl => {
                 serde_json::from_str::<serde::de::IgnoredAny>(line)
                     .map_err(|error| place(error.to_string()))?;

@@ -38,6 +38,8 @@ mod backoff;
 mod batch;
 mod bus;
 pub mod capability;
+#[cfg(feature = "cloudevents")]
+pub mod cloudevents;
 pub mod codec;
 #[cfg(feature = "conformance")]
 pub mod conformance;

@@ -84,6 +84,7 @@ fn with_raw(subject: Subject, kind: Kind, url: std::result::Result<String, Strin
         async move {
             match kind {
                 Kind::Postgres => postgres(&url.map_err(missing)?, &topic, content).await,
+                Kind::Redis | Kind::Valkey => redis(&url.map_err(missing)?, &topic, content).await,
                 _ => Err(missing(format!("no way to put raw bytes into {kind}"))),
             }
         }
@@ -109,4 +110,21 @@ async fn postgres(url: &str, topic: &Topic, content: Undecodable) -> Result<()> 
         .map_err(failed)?;
     pool.close().await;
     Ok(())
+}
+
+/// Appends an entry as a foreign program would.
+async fn redis(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
+    let failed = |error: redis::RedisError| Error::new(ErrorKind::Unexpected, "raw entry").caused_by(error);
+    let place = url.split('?').next().unwrap_or_default();
+    let client = redis::Client::open(place).map_err(failed)?;
+    let mut connection = client.get_multiplexed_async_connection().await.map_err(failed)?;
+    let mut entry = redis::cmd("XADD");
+    entry.arg(format!("evt:{{{topic}}}:s:0")).arg("*");
+    for (name, value) in &content.headers {
+        entry.arg(name).arg(value);
+    }
+    if let Some(raw) = content.raw.as_deref() {
+        entry.arg("data").arg(raw);
+    }
+    entry.query_async::<()>(&mut connection).await.map_err(failed)
 }

@@ -10,6 +10,8 @@ use xtask::brokers::Kind;
 const CHILD: &str = env!("CARGO_BIN_EXE_child");
 
 eventbus::conformance!(postgres, brokers::shared(Kind::Postgres, CHILD));
+eventbus::conformance!(redis, brokers::shared(Kind::Redis, CHILD));
+eventbus::conformance!(valkey, brokers::shared(Kind::Valkey, CHILD));
 
 /// The cases that disturb a broker, each on one of its own.
 macro_rules! disturbing {
@@ -28,6 +30,16 @@ macro_rules! disturbing {
 
 disturbing! {
     postgres_own Postgres [
+        P18 lost_ack_is_unknown
+        D2 confirmed_survives_restart
+        D3 consumer_resumes_after_restart
+    ]
+    redis_own Redis [
+        P18 lost_ack_is_unknown
+        D2 confirmed_survives_restart
+        D3 consumer_resumes_after_restart
+    ]
+    valkey_own Valkey [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart

@@ -9,7 +9,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
 
-use xtask::brokers::{self, Kind};
+use xtask::brokers::{self, Broker, Kind};
 
 const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask brokers up|down|env|doctor [KIND ...] [--version V]
@@ -105,6 +105,22 @@ fn cargo() -> Command {
 fn test(arguments: &[String]) -> std::io::Result<bool> {
     let mut cargo = cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
+    // They end with this process. One that cannot be started fails the tests that need it, with the reason.
+    let mut started = Vec::new();
+    for kind in Kind::TESTED {
+        if std::env::var_os(kind.variable()).is_some() {
+            println!("{kind}: as {} says", kind.variable());
+            continue;
+        }
+        match Broker::start(kind, None) {
+            Ok(broker) => {
+                println!("{kind}: {}", broker.version());
+                cargo.env(kind.variable(), broker.url());
+                started.push(broker);
+            }
+            Err(problem) => println!("{kind}: {problem}"),
+        }
+    }
     let started = std::time::Instant::now();
     let mut child = cargo.spawn()?;
     let (mut n_passed, mut n_failed, mut n_ignored) = (0, 0, 0);
@@ -121,6 +137,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
         }
     }
     let passed = child.wait()?.success();
+    drop(started);
     // A program that died without its closing line failed, whatever the others counted.
     let n_failed = if passed { n_failed } else { n_failed.max(1) };
     let skipped = if n_ignored > 0 { format!(", {n_ignored} skipped") } else { String::new() };

@@ -103,6 +103,7 @@ impl Cx {
             leaving: BTreeSet::new(),
             settings: self.settings(),
             idle: self.settings().idle,
+            is_patient: false,
         })
     }
 
@@ -176,6 +177,25 @@ pub(super) struct Member {
     leaving: BTreeSet<PartitionId>,
     settings: Settings,
     pub(super) idle: Duration,
+    /// Whether a transient error is tried again, as after a fault on the wire.
+    pub(super) is_patient: bool,
+}
+
+/// How long after a transient error something is tried again.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Repeats what fails transiently, as a program does, until the idle time is over.
+pub(super) async fn persist<T, F>(cx: &Cx, mut work: impl FnMut() -> F) -> Checked<T>
+where
+    F: Future<Output = Result<T>>,
+{
+    let end = Instant::now() + cx.settings().idle;
+    loop {
+        match work().await {
+            Err(error) if error.is_retryable() && Instant::now() < end => pass(AGAIN).await,
+            outcome => return Ok(outcome?),
+        }
+    }
 }
 
 impl Member {
@@ -189,6 +209,10 @@ impl Member {
         loop {
             let polled = match tokio::time::timeout_at(end, self.consumer.poll(some(max))).await {
                 Err(_) => return Ok(None),
+                Ok(Err(error)) if self.is_patient && error.is_retryable() => {
+                    pass(AGAIN).await;
+                    continue;
+                }
                 Ok(polled) => polled?,
             };
             match polled {
@@ -245,7 +269,12 @@ impl Member {
     }
 
     pub(super) async fn settle_each(&mut self, outcomes: &[(Token, Settle)]) -> Checked {
-        let settled = self.consumer.settle(outcomes).await?;
+        let settled = loop {
+            match self.consumer.settle(outcomes).await {
+                Err(error) if self.is_patient && error.is_retryable() => pass(AGAIN).await,
+                settled => break settled?,
+            }
+        };
         ensure!(settled.lost.is_empty(), "tokens in hand were lost at settle: {:?}", settled.lost);
         for (token, _) in outcomes {
             self.held.remove(token);

@@ -13,7 +13,7 @@ mod confirm;
 mod delivery;
 
 #[cfg_attr(
-    not(all(feature = "memory", feature = "sqlite", feature = "postgres")),
+    not(all(feature = "memory", feature = "sqlite", feature = "postgres", feature = "redis")),
     allow(dead_code, reason = "what of it is used depends on the transports that are built")
 )]
 mod kit;
@@ -22,6 +22,8 @@ mod kit;
 pub mod memory;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(feature = "redis")]
+pub mod redis;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
 

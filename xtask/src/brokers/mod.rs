@@ -41,6 +41,9 @@ impl Kind {
     pub const ALL: [Self; 6] =
         [Self::Postgres, Self::Redis, Self::Valkey, Self::Nats, Self::Kafka, Self::Rabbitmq];
 
+    /// Those that the tests need.
+    pub const TESTED: [Self; 3] = [Self::Postgres, Self::Redis, Self::Valkey];
+
     /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -46,6 +46,11 @@ impl Broker {
         &self.launch.url
     }
 
+    /// What the program says that it is.
+    pub fn version(&self) -> String {
+        recipe::find(self.kind, None).unwrap_or_else(|problem| problem)
+    }
+
     /// Its port.
     pub fn port(&self) -> u16 {
         self.launch.port

@@ -107,6 +107,8 @@ pub(crate) struct Cursor {
     slots: VecDeque<Slot>,
     /// Where the log is to be read next.
     next: u64,
+    /// Events that the floor has passed.
+    n_passed: u64,
     /// Waiting offsets of each key that is held back; the first of each is in `due`.
     held: HashMap<Option<Key>, BTreeSet<u64>>,
     /// Waiting events that nothing holds back, by the time they may go out.
@@ -124,6 +126,7 @@ impl Cursor {
             order,
             slots: VecDeque::new(),
             next: floor,
+            n_passed: 0,
             held: HashMap::new(),
             due: BTreeSet::new(),
             n_in_hand: 0,
@@ -140,6 +143,11 @@ impl Cursor {
     /// Every offset below is settled.
     pub(crate) fn floor(&self) -> u64 {
         self.slots.front().map_or(self.next, |slot| slot.offset)
+    }
+
+    /// How many events the floor has passed since this cursor began; gaps are none.
+    pub(crate) fn n_passed(&self) -> u64 {
+        self.n_passed
     }
 
     /// The next offset to be read from the log.
@@ -188,7 +196,15 @@ impl Cursor {
         self.next = offset + 1;
         let (attempt, due) = match entry.past {
             Past::Settled => {
-                // Nothing to remember: the floor passes it as it passes a gap.
+                self.slots.push_back(Slot {
+                    offset,
+                    state: State::Settled,
+                    attempt: FIRST,
+                    handout: 0,
+                    size: 0,
+                    stored_at: entry.stored_at,
+                });
+                self.advance();
                 return None;
             }
             Past::Fresh => (FIRST, None),
@@ -441,6 +457,7 @@ impl Cursor {
     fn advance(&mut self) {
         while self.slots.front().is_some_and(|slot| matches!(slot.state, State::Settled)) {
             self.slots.pop_front();
+            self.n_passed += 1;
         }
     }
 }

@@ -2,8 +2,10 @@
 
 pub(super) mod admit;
 pub(super) mod assign;
+pub(super) mod bells;
 pub(super) mod cursor;
 pub(super) mod hand;
 pub(super) mod leased;
 pub(super) mod queue;
+pub(super) mod tasks;
 pub(super) mod wall;

@@ -1,13 +1,17 @@
 //! Accepted events on their way to the store: what every transport does that stores behind a queue.
 
+use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use async_trait::async_trait;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::admit::{Admitted, Refused};
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
 use crate::name::Topic;
+use crate::transport::Publisher;
 use crate::transport::confirm::{Confirm, Receipt, Resolver};
 
 /// Accepted and not yet confirmed, of one transport value: events and bytes.
@@ -79,5 +83,156 @@ impl Queued {
     pub(crate) fn fail(self, error: &Error) {
         let n_events = self.events.len();
         self.answer((0..n_events).map(|_| Err(error.duplicate())));
+    }
+}
+
+/// What a storing task is asked for, in order.
+#[derive(Debug)]
+enum Work {
+    Publish(Queued),
+    Flush(oneshot::Sender<()>),
+    Stop(oneshot::Sender<()>),
+}
+
+/// The way to the one task of a transport value that stores what is published.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    room: Room,
+    work: mpsc::UnboundedSender<Work>,
+    closed: AtomicBool,
+    max_event_bytes: usize,
+}
+
+/// The storing task's end of a [`Queue`].
+#[derive(Debug)]
+pub(crate) struct Rounds(mpsc::UnboundedReceiver<Work>);
+
+impl Queue {
+    pub(crate) fn new(max_event_bytes: usize) -> (Arc<Self>, Rounds) {
+        let (work, rounds) = mpsc::unbounded_channel();
+        let queue = Self { room: Room::default(), work, closed: AtomicBool::new(false), max_event_bytes };
+        (Arc::new(queue), Rounds(rounds))
+    }
+
+    /// Fails once the transport is closed.
+    pub(crate) fn is_open(&self) -> Result<()> {
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("transport")) } else { Ok(()) }
+    }
+
+    fn send(&self, work: Work) -> Result<()> {
+        self.work.send(work).map_err(|_| Error::closed("transport"))
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let (done, flushed) = oneshot::channel();
+        self.send(Work::Flush(done))?;
+        flushed.await.map_err(|_| Error::closed("transport"))
+    }
+
+    /// Closes; the first call waits until everything accepted was answered and the storing task has ended.
+    pub(crate) async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if !self.closed.swap(true, Atomic::AcqRel) && self.send(Work::Stop(done)).is_ok() {
+            drop(stopped.await);
+        }
+    }
+}
+
+/// What goes to the store at once, and who hears of it.
+#[derive(Debug)]
+pub(crate) struct Round {
+    pub(crate) batches: Vec<Queued>,
+    pub(crate) ending: Ending,
+}
+
+impl Rounds {
+    /// Waits for work and takes what is there, up to a number of events and bytes (and one batch more). `None` when
+    /// nobody can publish any more.
+    pub(crate) async fn next(&mut self, max_events: usize, max_bytes: usize) -> Option<Round> {
+        let mut next = Some(self.0.recv().await?);
+        let (mut batches, mut ending) = (Vec::new(), Ending::default());
+        let (mut n_events, mut n_bytes) = (0, 0);
+        while let Some(work) = next.take() {
+            match work {
+                Work::Publish(queued) => {
+                    n_events += queued.events.len();
+                    n_bytes += queued.n_bytes;
+                    batches.push(queued);
+                }
+                Work::Flush(done) => ending.flushed.push(done),
+                Work::Stop(done) => {
+                    ending.stop = Some(done);
+                    break;
+                }
+            }
+            if n_events < max_events && n_bytes < max_bytes {
+                next = self.0.try_recv().ok();
+            }
+        }
+        Some(Round { batches, ending })
+    }
+}
+
+/// Who waits for the end of a round.
+#[derive(Debug, Default)]
+pub(crate) struct Ending {
+    flushed: Vec<oneshot::Sender<()>>,
+    stop: Option<oneshot::Sender<()>>,
+}
+
+impl Ending {
+    /// Tells that everything of the round was answered; true if it was the last one.
+    pub(crate) fn tell(self) -> bool {
+        self.flushed.into_iter().for_each(|done| _ = done.send(()));
+        self.stop.is_some_and(|done| {
+            _ = done.send(());
+            true
+        })
+    }
+}
+
+/// A publisher whose events go through a [`Queue`].
+pub(crate) struct QueuedPublisher {
+    queue: Arc<Queue>,
+    closed: AtomicBool,
+    /// The name of the transport's publisher, for `Debug`.
+    name: &'static str,
+}
+
+impl QueuedPublisher {
+    pub(crate) fn new(queue: Arc<Queue>, name: &'static str) -> Self {
+        Self { queue, closed: AtomicBool::new(false), name }
+    }
+
+    fn is_open(&self) -> Result<()> {
+        self.queue.is_open()?;
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("publisher")) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for QueuedPublisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct(self.name).field("closed", &self.closed).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Publisher for QueuedPublisher {
+    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
+        let (queue, open) = (&*self.queue, || self.is_open());
+        let (queued, confirm) = queue.room.accept(topic, batch, queue.max_event_bytes, open).await?;
+        queue.send(Work::Publish(queued))?;
+        Ok(confirm)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.queue.flush().await
+    }
+
+    async fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Atomic::AcqRel) || self.queue.is_open().is_err() {
+            return Ok(());
+        }
+        self.queue.flush().await
     }
 }

@@ -280,7 +280,7 @@ impl Admin for Postgres {
         let found = self
             .store
             .run(|store| async move { topics::existing(&mut *store.connection().await?, &name).await });
-        let mut bell = self.store.bell(found.await?.0);
+        let mut bell = self.store.bells.hear(found.await?.0);
         let waiting = async {
             loop {
                 bell.borrow_and_update();

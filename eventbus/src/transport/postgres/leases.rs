@@ -31,7 +31,7 @@ impl leased::Store for Store {
     }
 
     fn news(&self, group: &GroupRow) -> watch::Receiver<u64> {
-        self.bell(group.topic)
+        self.bells.hear(group.topic)
     }
 
     async fn join(self: &Arc<Self>, subscription: &Subscription) -> Result<Seat> {
@@ -114,7 +114,7 @@ impl leased::Store for Store {
         // Outside of a runtime nothing can be sent: the session's end takes the seat.
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let store = self.clone();
-        let leaving = store.begin();
+        let leaving = store.tasks.begin();
         runtime.spawn(async move {
             if let Err(error) = leased::Store::leave(&store, &seat).await {
                 tracing::debug!(%error, "a member could not leave; it is gone when its session ends");

@@ -40,10 +40,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use self::publisher::PostgresPublisher;
 use self::store::Store;
 use super::kit::leased::{Consumers, LeasedConsumer};
-use super::kit::queue::MAX_WAITING_BYTES;
+use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{
@@ -238,7 +237,7 @@ impl Transport for Postgres {
 
     async fn publisher(&self) -> Result<Arc<dyn Publisher>> {
         self.store.is_open()?;
-        Ok(Arc::new(PostgresPublisher::new(self.store.clone())))
+        Ok(Arc::new(QueuedPublisher::new(self.store.queue.clone(), "PostgresPublisher")))
     }
 
     async fn subscribe(&self, subscription: &Subscription) -> Result<Arc<dyn Consumer>> {

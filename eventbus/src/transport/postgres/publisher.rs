@@ -1,113 +1,34 @@
 //! Publishing: one task stores whatever waits in one statement, the confirms resolve after its commit.
 
 use std::collections::HashMap;
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use sqlx::pool::PoolConnection;
 use sqlx::{Connection, PgConnection, Postgres, Row};
-use tokio::sync::{mpsc, oneshot};
 
 use super::row::Columns;
 use super::schema::{from_sqlx, is_unknown};
 use super::store::Store;
 use super::topics;
 use crate::admin::Offset;
-use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::{self, PartitionId};
-use crate::transport::kit::queue::Queued;
-use crate::transport::{Confirm, Publisher, Receipt};
+use crate::transport::Receipt;
+use crate::transport::kit::queue::{Queued, Rounds};
 
 /// What goes into one statement at most.
 const MAX_ROUND_EVENTS: usize = 4096;
 const MAX_ROUND_BYTES: usize = 16 << 20;
 
-/// What the writing task is asked for, in order.
-pub(super) enum Work {
-    Publish(Queued),
-    Flush(oneshot::Sender<()>),
-    Stop(oneshot::Sender<()>),
-}
-
-pub(super) struct PostgresPublisher {
-    store: Arc<Store>,
-    closed: AtomicBool,
-}
-
-impl PostgresPublisher {
-    pub(super) fn new(store: Arc<Store>) -> Self {
-        Self { store, closed: AtomicBool::new(false) }
-    }
-
-    fn open(&self) -> Result<()> {
-        self.store.is_open()?;
-        if self.closed.load(Atomic::Acquire) { Err(Error::closed("publisher")) } else { Ok(()) }
-    }
-}
-
-impl fmt::Debug for PostgresPublisher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PostgresPublisher").field("place", &self.store.place).finish_non_exhaustive()
-    }
-}
-
-#[async_trait]
-impl Publisher for PostgresPublisher {
-    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
-        let max_event_bytes = self.store.options.max_event_bytes;
-        let (queued, confirm) = self.store.room.accept(topic, batch, max_event_bytes, || self.open()).await?;
-        self.store.work.send(Work::Publish(queued)).map_err(|_| Error::closed("transport"))?;
-        Ok(confirm)
-    }
-
-    async fn flush(&self) -> Result<()> {
-        let (done, flushed) = oneshot::channel();
-        self.store.work.send(Work::Flush(done)).map_err(|_| Error::closed("transport"))?;
-        flushed.await.map_err(|_| Error::closed("transport"))
-    }
-
-    async fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Atomic::AcqRel) || self.store.is_open().is_err() {
-            return Ok(());
-        }
-        self.flush().await
-    }
-}
-
-/// Stores what is asked for until the store is closed.
-pub(super) async fn write(store: Weak<Store>, mut queue: mpsc::UnboundedReceiver<Work>) {
+/// Stores what is published until the store is closed.
+pub(super) async fn write(store: Weak<Store>, mut rounds: Rounds) {
     let mut writing = Writing::default();
-    while let Some(first) = queue.recv().await {
+    while let Some(round) = rounds.next(MAX_ROUND_EVENTS, MAX_ROUND_BYTES).await {
         let Some(store) = store.upgrade() else { return };
-        let (mut round, mut n_events, mut n_bytes, mut next) = (Vec::new(), 0, 0, Some(first));
-        let mut answers = Vec::new();
-        let mut stop = None;
-        while let Some(work) = next.take() {
-            match work {
-                Work::Publish(queued) => {
-                    n_events += queued.events.len();
-                    n_bytes += queued.n_bytes;
-                    round.push(queued);
-                }
-                Work::Flush(done) => answers.push(done),
-                Work::Stop(done) => {
-                    stop = Some(done);
-                    break;
-                }
-            }
-            if n_events < MAX_ROUND_EVENTS && n_bytes < MAX_ROUND_BYTES {
-                next = queue.try_recv().ok();
-            }
-        }
-        store_round(&store, &mut writing, round).await;
-        answers.into_iter().for_each(|done| _ = done.send(()));
-        if let Some(done) = stop {
-            _ = done.send(());
+        store_round(&store, &mut writing, round.batches).await;
+        if round.ending.tell() {
             return;
         }
     }

@@ -3,21 +3,21 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{Executor, PgPool};
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
 
 use super::Options;
-use super::publisher::{self, Work};
+use super::publisher;
 use super::schema::{self, from_sqlx};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
-use crate::transport::kit::queue::Room;
+use crate::transport::kit::bells::Bells;
+use crate::transport::kit::queue::Queue;
+use crate::transport::kit::tasks::Tasks;
 
 /// The channel on which processes tell each other the ids of topics that changed.
 pub(super) const CHANNEL: &str = "eventbus";
@@ -30,26 +30,13 @@ pub(super) struct Store {
     pub(super) options: Options,
     /// Where it is, without secrets.
     pub(super) place: String,
-    pub(super) room: Room,
-    closed: AtomicBool,
-    pub(super) work: mpsc::UnboundedSender<Work>,
+    pub(super) queue: Arc<Queue>,
     /// Topics by name: id and number of partitions.
     pub(super) topics: Mutex<HashMap<Topic, (i64, u32)>>,
-    bells: Mutex<HashMap<i64, watch::Sender<u64>>>,
+    pub(super) bells: Bells<i64>,
     /// Tells the task that speaks on the channel which topics changed.
     pub(super) told: mpsc::UnboundedSender<i64>,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
-    /// Work in progress; closing waits for it.
-    n_busy: watch::Sender<usize>,
-}
-
-/// A piece of work in progress, which closing waits for.
-pub(super) struct Busy(watch::Sender<usize>);
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.send_modify(|n| *n -= 1);
-    }
+    pub(super) tasks: Tasks,
 }
 
 impl Store {
@@ -86,34 +73,31 @@ impl Store {
             pool.close().await;
             return Err(error.with("place", place));
         }
-        let (work, queue) = mpsc::unbounded_channel();
+        let (queue, rounds) = Queue::new(options.max_event_bytes);
         let (told, tell) = mpsc::unbounded_channel();
         let store = Arc::new(Self {
             pool,
             options,
             place,
-            room: Room::default(),
-            closed: AtomicBool::new(false),
-            work,
+            queue,
             topics: Mutex::default(),
-            bells: Mutex::default(),
+            bells: Bells::default(),
             told,
-            tasks: Mutex::default(),
-            n_busy: watch::Sender::new(0),
+            tasks: Tasks::default(),
         });
         let weak = Arc::downgrade(&store);
         let tasks = [
-            tokio::spawn(publisher::write(weak.clone(), queue)),
+            tokio::spawn(publisher::write(weak.clone(), rounds)),
             tokio::spawn(tell_others(store.pool.clone(), tell)),
             tokio::spawn(listen(store.pool.clone(), weak.clone())),
             tokio::spawn(super::retention::keep(weak)),
         ];
-        store.tasks.lock().extend(tasks);
+        tasks.into_iter().for_each(|task| store.tasks.keep(task));
         Ok(store)
     }
 
     pub(super) fn is_open(&self) -> Result<()> {
-        if self.closed.load(Atomic::Acquire) { Err(Error::closed("transport")) } else { Ok(()) }
+        self.queue.is_open()
     }
 
     /// Runs a unit of work on a task of its own, which a caller who goes away does not end: a connection that is
@@ -121,72 +105,26 @@ impl Store {
     pub(super) async fn run<T, F, Fut>(self: &Arc<Self>, work: F) -> Result<T>
     where
         T: Send + 'static,
-        F: FnOnce(Arc<Self>) -> Fut + Send + 'static,
-        Fut: Future<Output = Result<T>> + Send,
+        F: FnOnce(Arc<Self>) -> Fut,
+        Fut: Future<Output = Result<T>> + Send + 'static,
     {
         self.is_open()?;
-        let (store, busy) = (self.clone(), self.begin());
-        let working = tokio::spawn(async move {
-            let outcome = work(store).await;
-            drop(busy);
-            outcome
-        });
-        working.await.map_err(interrupted)?
-    }
-
-    /// Notes that work begins.
-    pub(super) fn begin(&self) -> Busy {
-        self.n_busy.send_modify(|n| *n += 1);
-        Busy(self.n_busy.clone())
-    }
-
-    /// The bell of a topic: it rings when events were stored or a group changed.
-    pub(super) fn bell(&self, topic: i64) -> watch::Receiver<u64> {
-        self.bells.lock().entry(topic).or_default().subscribe()
+        self.tasks.run(work(self.clone())).await
     }
 
     /// Rings in this process and tells the others.
     pub(super) fn ring(&self, topic: i64) {
-        self.ring_here(topic);
+        self.bells.ring(&topic);
         _ = self.told.send(topic);
-    }
-
-    fn ring_here(&self, topic: i64) {
-        if let Some(bell) = self.bells.lock().get(&topic) {
-            bell.send_modify(|n| *n += 1);
-        }
-    }
-
-    fn ring_all(&self) {
-        let mut bells = self.bells.lock();
-        bells.retain(|_, bell| bell.receiver_count() > 0);
-        bells.values().for_each(|bell| bell.send_modify(|n| *n += 1));
     }
 
     /// Ends what was opened, after everything accepted was answered. May be repeated.
     pub(super) async fn close(self: &Arc<Self>) {
-        let (done, answered) = tokio::sync::oneshot::channel();
-        let first = !self.closed.swap(true, Atomic::AcqRel);
-        if first && self.work.send(Work::Stop(done)).is_ok() {
-            drop(answered.await);
-        }
-        let mut busy = self.n_busy.subscribe();
-        drop(busy.wait_for(|n| *n == 0).await);
-        let tasks = std::mem::take(&mut *self.tasks.lock());
-        tasks.iter().for_each(JoinHandle::abort);
-        for task in tasks {
-            drop(task.await);
-        }
+        self.queue.stop().await;
+        self.tasks.end().await;
         // Whoever polls is woken to see that it is closed.
-        self.ring_all();
-        self.bells.lock().clear();
+        self.bells.end();
         self.pool.close().await;
-    }
-}
-
-impl Drop for Store {
-    fn drop(&mut self) {
-        self.tasks.lock().iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -227,11 +165,11 @@ async fn listen(pool: PgPool, store: std::sync::Weak<Store>) {
                 let Some(store) = store.upgrade() else { return Ok(()) };
                 match heard {
                     Ok(Ok(Some(heard))) => match heard.payload().parse() {
-                        Ok(topic) => store.ring_here(topic),
-                        Err(_) => store.ring_all(),
+                        Ok(topic) => store.bells.ring(&topic),
+                        Err(_) => store.bells.ring_all(),
                     },
                     // Words may have been missed, or none were said for a while.
-                    Ok(Ok(None)) | Err(_) => store.ring_all(),
+                    Ok(Ok(None)) | Err(_) => store.bells.ring_all(),
                     Ok(Err(error)) => return Err(error),
                 }
             }
@@ -241,7 +179,7 @@ async fn listen(pool: PgPool, store: std::sync::Weak<Store>) {
         if let Err(error) = ended {
             tracing::debug!(%error, "news of other processes are not heard; readers look by themselves");
         }
-        store.ring_all();
+        store.bells.ring_all();
         drop(store);
         tokio::time::sleep(LOOK_EVERY).await;
     }

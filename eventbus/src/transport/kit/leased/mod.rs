@@ -108,6 +108,8 @@ pub(in crate::transport) struct Progress {
     pub(in crate::transport) partition: u32,
     pub(in crate::transport) epoch: u32,
     pub(in crate::transport) floor: u64,
+    /// Events that the floor passed since the last progress that was stored.
+    pub(in crate::transport) n_passed: u64,
     /// What changed at or above the floor.
     pub(in crate::transport) changed: Vec<(u64, Past)>,
     /// Whether entries below the floor may be stored.

@@ -33,6 +33,8 @@ struct Owned {
     buffer: VecDeque<Stored>,
     revoke_at: Option<Instant>,
     dirty: BTreeSet<u64>,
+    /// Events below the floor that is stored, since we own the partition.
+    n_saved: u64,
     moved: bool,
     has_exceptions: bool,
 }
@@ -79,6 +81,7 @@ impl Partitions {
                 buffer: VecDeque::new(),
                 revoke_at: None,
                 dirty: BTreeSet::new(),
+                n_saved: 0,
                 moved: false,
                 has_exceptions,
             };
@@ -251,6 +254,8 @@ impl Partitions {
             .map(|(partition, owned)| {
                 owned.moved = false;
                 let floor = owned.cursor.floor();
+                let n_passed = owned.cursor.n_passed() - owned.n_saved;
+                owned.n_saved += n_passed;
                 let dirty = std::mem::take(&mut owned.dirty);
                 let changed: Vec<_> = dirty
                     .into_iter()
@@ -259,7 +264,14 @@ impl Partitions {
                     .collect();
                 let has_exceptions = owned.has_exceptions;
                 owned.has_exceptions |= !changed.is_empty();
-                Progress { partition: *partition, epoch: owned.epoch, floor, changed, has_exceptions }
+                Progress {
+                    partition: *partition,
+                    epoch: owned.epoch,
+                    floor,
+                    n_passed,
+                    changed,
+                    has_exceptions,
+                }
             })
             .collect()
     }
@@ -270,6 +282,7 @@ impl Partitions {
             if let Some(owned) = self.owned.get_mut(&part.partition).filter(|owned| owned.epoch == part.epoch)
             {
                 owned.moved = true;
+                owned.n_saved -= part.n_passed;
                 owned.dirty.extend(part.changed.iter().map(|(offset, _)| *offset));
             }
         }

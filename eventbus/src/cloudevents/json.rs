@@ -1,22 +1,25 @@
-//! Structured CloudEvents as input: the JSON format of CloudEvents 1.0.2, section 2 and 3.
+//! Structured mode: the JSON format of CloudEvents 1.0.2, sections 2 and 3.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use eventbus::time::from_rfc3339;
-use eventbus::{Envelope, EventId};
 use serde_json::{Map, Value};
 
-use crate::exit::{Failure, Outcome};
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::id::EventId;
+use crate::time::from_rfc3339;
 
-/// Reads one event. `partitionkey` (the Partitioning extension) becomes the key, `dataversion` the version of
+/// Reads one event in structured mode. `partitionkey` (the Partitioning extension) becomes the key, `dataversion` the version of
 /// the type; other extensions stay extensions.
 ///
 /// # Errors
-/// Usage: a required attribute is missing, or one has the wrong form.
-pub(crate) fn parse(text: &str) -> Outcome<Envelope> {
-    let bad = |problem: String| Failure::Usage(format!("CloudEvent: {problem}"));
-    let mut event: Map<String, Value> = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
-    let mut take = |name: &str| -> Outcome<Option<String>> {
+/// [`Undecodable`](ErrorKind::Undecodable): it is not JSON, a required attribute is missing, or one has the wrong
+/// form.
+pub fn from_json(text: &[u8]) -> Result<Envelope> {
+    let bad = |problem: String| Error::new(ErrorKind::Undecodable, format!("CloudEvent: {problem}"));
+    let mut event: Map<String, Value> =
+        serde_json::from_slice(text).map_err(|error| bad(error.to_string()))?;
+    let mut take = |name: &str| -> Result<Option<String>> {
         match event.remove(name) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -88,8 +91,8 @@ mod tests {
 
     #[test]
     fn structured_events_are_read_as_the_format_says() {
-        let event = parse(
-            r#"{"specversion":"1.0","id":"A234","source":"/shop","type":"shop.paid","time":"2026-08-22T10:00:00Z",
+        let event = from_json(
+            br#"{"specversion":"1.0","id":"A234","source":"/shop","type":"shop.paid","time":"2026-08-22T10:00:00Z",
             "subject":"o-7","partitionkey":"7","dataversion":2,"correlationid":"c","data":{"amount":7}}"#,
         )
         .unwrap();
@@ -101,7 +104,9 @@ mod tests {
         );
         assert_eq!(event.payload().unwrap().as_ref(), br#"{"amount":7}"#);
         let with = |rest: &str| {
-            parse(&format!(r#"{{"specversion":"1.0","id":"1","source":"/s","type":"t"{rest}}}"#))
+            from_json(
+                format!(r#"{{"specversion":"1.0","id":"1","source":"/s","type":"t"{rest}}}"#).as_bytes(),
+            )
         };
         let body = |rest: &str| with(rest).unwrap().payload().map(|body| body.to_vec());
         assert_eq!(body(""), None);
@@ -116,7 +121,7 @@ mod tests {
             r#"{"specversion":"1.0","id":"1","source":"/s","type":"t","data":1,"data_base64":"AA=="}"#,
             r#"{"specversion":"1.0","id":"1","source":"/s","type":"t","nested":{}}"#,
         ] {
-            assert!(matches!(parse(bad), Err(Failure::Usage(_))), "{bad}");
+            assert_eq!(from_json(bad.as_bytes()).unwrap_err().kind(), ErrorKind::Undecodable, "{bad}");
         }
     }
 }
