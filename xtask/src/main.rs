@@ -106,7 +106,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
     let mut cargo = cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
     // They end with this process. One that cannot be started fails the tests that need it, with the reason.
-    let mut started = Vec::new();
+    let mut brokers = Vec::new();
     for kind in Kind::TESTED {
         if std::env::var_os(kind.variable()).is_some() {
             println!("{kind}: as {} says", kind.variable());
@@ -116,7 +116,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
             Ok(broker) => {
                 println!("{kind}: {}", broker.version());
                 cargo.env(kind.variable(), broker.url());
-                started.push(broker);
+                brokers.push(broker);
             }
             Err(problem) => println!("{kind}: {problem}"),
         }
@@ -137,7 +137,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
         }
     }
     let passed = child.wait()?.success();
-    drop(started);
+    drop(brokers);
     // A program that died without its closing line failed, whatever the others counted.
     let n_failed = if passed { n_failed } else { n_failed.max(1) };
     let skipped = if n_ignored > 0 { format!(", {n_ignored} skipped") } else { String::new() };
