@@ -13,11 +13,12 @@ use crate::transport::{Confirm, Publisher, Receipt, Transport};
 use crate::url::Url;
 
 /// The schemes of this build and of the others that exist, with the feature that brings each.
-const SCHEMES: [(&str, &str, bool); 7] = [
+const SCHEMES: [(&str, &str, bool); 8] = [
     ("memory", "memory", cfg!(feature = "memory")),
     ("sqlite", "sqlite", cfg!(feature = "sqlite")),
     ("postgres", "postgres", cfg!(feature = "postgres")),
     ("postgresql", "postgres", cfg!(feature = "postgres")),
+    ("kafka", "kafka", cfg!(feature = "kafka")),
     ("redis", "redis", cfg!(feature = "redis")),
     ("rediss", "redis", cfg!(feature = "redis")),
     ("valkey", "redis", cfg!(feature = "redis")),
@@ -30,6 +31,7 @@ const SCHEMES: [(&str, &str, bool); 7] = [
 /// | `memory://` or `memory://name` | in this process; values of one name share a broker |
 /// | `sqlite://path/to/file.db` | one durable file, shared by several processes |
 /// | `postgres://user:password@host:port/database` | tables of a PostgreSQL database |
+/// | `kafka://user:password@host:port,host:port` | topics of a Kafka cluster |
 /// | `redis://user:password@host:port/database` | streams of a Redis or Valkey server |
 ///
 /// Options follow a `?`; the module of each transport lists them.
@@ -53,6 +55,8 @@ pub async fn connect(url: &str) -> Result<Bus> {
         "sqlite" => Ok(Bus::new(crate::transport::sqlite::Sqlite::open(&url).await?)),
         #[cfg(feature = "postgres")]
         "postgres" | "postgresql" => Ok(Bus::new(crate::transport::postgres::Postgres::open(&url).await?)),
+        #[cfg(feature = "kafka")]
+        "kafka" => Ok(Bus::new(crate::transport::kafka::Kafka::open(&url).await?)),
         #[cfg(feature = "redis")]
         "redis" | "rediss" | "valkey" => Ok(Bus::new(crate::transport::redis::Redis::open(&url).await?)),
         scheme => Err(unavailable(scheme)),

@@ -13,17 +13,23 @@ use crate::proxy::{Proxy, Wire};
 /// How soon a silent member loses its seat, and the rest that cases wait for.
 const OPTIONS: &str = "declare=create&session=2s&timeout=5s";
 
+fn address(kind: Kind, url: &str) -> String {
+    let more = if kind == Kind::Kafka { "&delivery_timeout=5s" } else { "" };
+    format!("{url}?{OPTIONS}{more}")
+}
+
 /// A transport on a broker that is shared with other tests, with the hooks that disturb nobody.
 pub fn shared(kind: Kind, child: &'static str) -> Subject {
     // A missing broker fails every case, with the reason.
-    let url = brokers::url(kind).map(|url| format!("{url}?{OPTIONS}"));
+    let url = brokers::url(kind).map(|url| address(kind, &url));
     with_raw(subject(kind, url.clone(), child), kind, url)
 }
 
 /// A transport on a broker of its own, which can be restarted, behind a wire that can fail.
 pub fn own(kind: Kind, child: &'static str) -> Subject {
-    let started = Broker::start(kind, None).and_then(|broker| {
-        let proxy = Proxy::before(broker.port()).map_err(|error| error.to_string())?;
+    let started = Proxy::start().map_err(|error| error.to_string()).and_then(|proxy| {
+        let broker = Broker::start_behind(kind, None, Some(proxy.port()))?;
+        proxy.lead(broker.port());
         Ok((broker, proxy))
     });
     let (broker, proxy) = match started {
@@ -32,7 +38,7 @@ pub fn own(kind: Kind, child: &'static str) -> Subject {
     };
     let port = |port: u16| format!("127.0.0.1:{port}");
     let url = broker.url().replace(&port(broker.port()), &port(proxy.port()));
-    let subject = subject(kind, Ok(format!("{url}?{OPTIONS}")), child);
+    let subject = subject(kind, Ok(address(kind, &url)), child);
     let (broker, proxy) = (Arc::new(Mutex::new(broker)), Arc::new(proxy));
     subject
         .with_restart(move || {
@@ -85,6 +91,7 @@ fn with_raw(subject: Subject, kind: Kind, url: std::result::Result<String, Strin
             match kind {
                 Kind::Postgres => postgres(&url.map_err(missing)?, &topic, content).await,
                 Kind::Redis | Kind::Valkey => redis(&url.map_err(missing)?, &topic, content).await,
+                Kind::Kafka => kafka(&url.map_err(missing)?, &topic, content).await,
                 _ => Err(missing(format!("no way to put raw bytes into {kind}"))),
             }
         }
@@ -127,4 +134,25 @@ async fn redis(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
         entry.arg("data").arg(raw);
     }
     entry.query_async::<()>(&mut connection).await.map_err(failed)
+}
+
+/// Sends a record as a foreign program would.
+async fn kafka(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
+    use rdkafka::message::{Header, OwnedHeaders};
+    use rdkafka::producer::{FutureProducer, FutureRecord};
+    let failed =
+        |error: rdkafka::error::KafkaError| Error::new(ErrorKind::Unexpected, "raw record").caused_by(error);
+    let place = url.split('?').next().unwrap_or_default().trim_start_matches("kafka://");
+    let producer: FutureProducer =
+        rdkafka::ClientConfig::new().set("bootstrap.servers", place).create().map_err(failed)?;
+    let headers = content.headers.iter().fold(OwnedHeaders::new(), |headers, (key, value)| {
+        headers.insert(Header { key, value: Some(value) })
+    });
+    let mut record: FutureRecord<'_, [u8], [u8]> =
+        FutureRecord::to(topic.as_str()).partition(0).headers(headers);
+    if let Some(raw) = content.raw.as_deref() {
+        record = record.payload(raw);
+    }
+    let sent = producer.send(record, std::time::Duration::from_secs(5)).await;
+    sent.map(drop).map_err(|(error, _)| failed(error))
 }

@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering as Atomic};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -32,7 +32,7 @@ pub struct Proxy {
 #[derive(Debug)]
 struct State {
     wire: AtomicU8,
-    target: u16,
+    target: AtomicU16,
     connections: Mutex<Vec<TcpStream>>,
     /// Set when the proxy goes.
     over: std::sync::atomic::AtomicBool,
@@ -52,16 +52,16 @@ impl State {
 }
 
 impl Proxy {
-    /// Starts one in front of a port of this machine.
+    /// Starts one that leads nowhere until [`lead`](Self::lead) says where.
     ///
     /// # Errors
     /// What the system says.
-    pub fn before(target: u16) -> std::io::Result<Self> {
+    pub fn start() -> std::io::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0))?;
         let port = listener.local_addr()?.port();
         let state = Arc::new(State {
             wire: AtomicU8::new(Wire::Whole as u8),
-            target,
+            target: AtomicU16::new(0),
             connections: Mutex::default(),
             over: false.into(),
         });
@@ -78,6 +78,11 @@ impl Proxy {
             }
         });
         Ok(Self { port, state })
+    }
+
+    /// Leads new connections to a port of this machine.
+    pub fn lead(&self, target: u16) {
+        self.state.target.store(target, Atomic::SeqCst);
     }
 
     /// Its port.
@@ -112,7 +117,7 @@ fn forward(state: &Arc<State>, client: TcpStream) -> std::io::Result<()> {
     if state.is(Wire::Cut) {
         return client.shutdown(Shutdown::Both);
     }
-    let server = TcpStream::connect(("127.0.0.1", state.target))?;
+    let server = TcpStream::connect(("127.0.0.1", state.target.load(Atomic::SeqCst)))?;
     for connection in [&client, &server] {
         connection.set_nodelay(true)?;
         connection.set_read_timeout(Some(LOOK))?;

@@ -10,6 +10,7 @@ use xtask::brokers::Kind;
 const CHILD: &str = env!("CARGO_BIN_EXE_child");
 
 eventbus::conformance!(postgres, brokers::shared(Kind::Postgres, CHILD));
+eventbus::conformance!(kafka, brokers::shared(Kind::Kafka, CHILD));
 eventbus::conformance!(redis, brokers::shared(Kind::Redis, CHILD));
 eventbus::conformance!(valkey, brokers::shared(Kind::Valkey, CHILD));
 
@@ -30,6 +31,11 @@ macro_rules! disturbing {
 
 disturbing! {
     postgres_own Postgres [
+        P18 lost_ack_is_unknown
+        D2 confirmed_survives_restart
+        D3 consumer_resumes_after_restart
+    ]
+    kafka_own Kafka [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart

@@ -96,15 +96,39 @@ impl Cx {
         transport: &Arc<dyn Transport>,
         subscription: &Subscription,
     ) -> Checked<Member> {
-        let consumer = self.within("subscribe", transport.subscribe(subscription)).await??;
-        Ok(Member {
+        Ok(self.member(self.within("subscribe", transport.subscribe(subscription)).await??))
+    }
+
+    /// Keeps the books of a consumer.
+    pub(super) fn member(&self, consumer: Arc<dyn Consumer>) -> Member {
+        Member {
             consumer,
             held: HashMap::new(),
+            owned: BTreeSet::new(),
             leaving: BTreeSet::new(),
             settings: self.settings(),
             idle: self.settings().idle,
             is_patient: false,
-        })
+        }
+    }
+
+    /// Polls members that have nothing to do yet until each has partitions, or for a while where nobody says so.
+    pub(super) async fn share_out(&self, members: &mut [Member]) -> Checked {
+        let end = Instant::now() + self.settings().idle;
+        for round in 0.. {
+            for member in members.iter_mut() {
+                let polled = member.poll_within(1, Duration::from_millis(25)).await?;
+                ensure!(polled.is_none(), "an event from nowhere");
+            }
+            let all_own = members.iter().all(|member| !member.owned.is_empty());
+            if (all_own && round >= 4)
+                || Instant::now() > end
+                || (round >= 8 && members.iter().all(|m| m.owned.is_empty()))
+            {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Fails the case if something takes longer than the idle time.
@@ -174,6 +198,7 @@ pub(super) fn some(n: usize) -> NonZeroUsize {
 pub(super) struct Member {
     pub(super) consumer: Arc<dyn Consumer>,
     held: HashMap<Token, PartitionId>,
+    owned: BTreeSet<PartitionId>,
     leaving: BTreeSet<PartitionId>,
     settings: Settings,
     pub(super) idle: Duration,
@@ -225,13 +250,17 @@ impl Member {
                     }
                     return Ok(Some(deliveries));
                 }
-                Polled::Assigned(partitions) => self.leaving.retain(|leaving| !partitions.contains(leaving)),
+                Polled::Assigned(partitions) => {
+                    self.leaving.retain(|leaving| !partitions.contains(leaving));
+                    self.owned.extend(partitions);
+                }
                 Polled::Revoking { partitions, .. } => {
                     self.leaving.extend(partitions);
                     self.hand_back().await?;
                 }
                 Polled::Lost(partitions) => {
                     self.held.retain(|_, partition| !partitions.contains(partition));
+                    self.owned.retain(|owned| !partitions.contains(owned));
                     self.leaving.retain(|leaving| !partitions.contains(leaving));
                 }
                 Polled::Closed => return Err(Violation::new("the consumer closed by itself")),
@@ -288,6 +317,7 @@ impl Member {
             self.leaving.iter().copied().filter(|p| !self.held.values().any(|held| held == p)).collect();
         if !ready.is_empty() {
             self.consumer.release(&ready).await?;
+            self.owned.retain(|owned| !ready.contains(owned));
             self.leaving.retain(|leaving| !ready.contains(leaving));
         }
         Ok(())

@@ -18,6 +18,8 @@ mod delivery;
 )]
 mod kit;
 
+#[cfg(feature = "kafka")]
+pub mod kafka;
 #[cfg(feature = "memory")]
 pub mod memory;
 #[cfg(feature = "postgres")]

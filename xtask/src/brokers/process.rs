@@ -30,7 +30,15 @@ impl Broker {
     /// # Errors
     /// What is missing on this machine, or the end of its log.
     pub fn start(kind: Kind, version: Option<&str>) -> Result<Self> {
-        let (folder, launch) = prepare(kind, version)?;
+        Self::start_behind(kind, version, None)
+    }
+
+    /// Starts one that names another port to its clients than its own: that of a proxy before it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_behind(kind: Kind, version: Option<&str>, advertised: Option<u16>) -> Result<Self> {
+        let (folder, launch) = prepare(kind, version, advertised)?;
         let mut broker = Self { kind, launch, folder, process: None };
         broker.spawn()?;
         Ok(broker)
@@ -139,12 +147,16 @@ pub(super) fn free_port() -> Result<u16> {
 }
 
 /// A folder of its own with a prepared broker in it.
-pub(super) fn prepare(kind: Kind, version: Option<&str>) -> Result<(PathBuf, Launch)> {
+pub(super) fn prepare(
+    kind: Kind,
+    version: Option<&str>,
+    advertised: Option<u16>,
+) -> Result<(PathBuf, Launch)> {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let folder = std::env::temp_dir().join(format!("eventbus-{kind}-{}-{number}", std::process::id()));
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    match recipe::prepare(kind, version, &folder, free_port()?) {
+    match recipe::prepare(kind, version, &folder, free_port()?, advertised) {
         Ok(launch) => Ok((folder, launch)),
         Err(error) => {
             drop(fs::remove_dir_all(&folder));

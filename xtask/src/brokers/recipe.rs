@@ -72,8 +72,15 @@ const VALKEY: &str = "9.1.2.post2";
 const NATS: &str = "2.15.1";
 const KAFKA: &str = "4.3.1";
 
-/// Fetches what is missing, prepares the folder, and says how to start.
-pub(super) fn prepare(kind: Kind, version: Option<&str>, folder: &Path, port: u16) -> Result<Launch> {
+/// Fetches what is missing, prepares the folder, and says how to start. A broker that names itself to its clients names
+/// the advertised port, if there is one.
+pub(super) fn prepare(
+    kind: Kind,
+    version: Option<&str>,
+    folder: &Path,
+    port: u16,
+    advertised: Option<u16>,
+) -> Result<Launch> {
     match kind {
         Kind::Postgres => postgres(folder, port),
         Kind::Redis => {
@@ -89,7 +96,7 @@ pub(super) fn prepare(kind: Kind, version: Option<&str>, folder: &Path, port: u1
             Ok(redis(server, folder, port))
         }
         Kind::Nats => nats(version.unwrap_or(NATS), folder, port),
-        Kind::Kafka => kafka(version.unwrap_or(KAFKA), folder, port),
+        Kind::Kafka => kafka(version.unwrap_or(KAFKA), folder, port, advertised.unwrap_or(port)),
         Kind::Rabbitmq => rabbitmq(folder, port),
     }
 }
@@ -230,7 +237,7 @@ fn nats(version: &str, folder: &Path, port: u16) -> Result<Launch> {
     })
 }
 
-fn kafka(version: &str, folder: &Path, port: u16) -> Result<Launch> {
+fn kafka(version: &str, folder: &Path, port: u16, advertised: u16) -> Result<Launch> {
     let java = program(&["java"], &[]).ok_or("Kafka needs Java 17 or later, and there is no java")?;
     let libraries = maven("org.apache.kafka", "kafka_2.13", version)?;
     // Without a binding the broker logs nothing, and nobody would know when it is ready.
@@ -244,7 +251,7 @@ fn kafka(version: &str, folder: &Path, port: u16) -> Result<Launch> {
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+advertised.listeners=PLAINTEXT://127.0.0.1:{advertised}
 controller.listener.names=CONTROLLER
 log.dirs={}
 auto.create.topics.enable=false
@@ -254,6 +261,8 @@ transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
 transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=100
+group.consumer.min.session.timeout.ms=100
 log.retention.check.interval.ms=1000
 ",
             data.display()

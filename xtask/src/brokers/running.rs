@@ -66,7 +66,7 @@ pub fn up(kinds: &[Kind], version: Option<&str>) -> Result<Vec<Running>> {
         if running()?.iter().any(|running| running.kind == *kind) {
             continue;
         }
-        let (folder, launch) = prepare(*kind, version)?;
+        let (folder, launch) = prepare(*kind, version, None)?;
         let mut child = spawn(&launch, &folder)?;
         let pid = child.id();
         wait_until_ready(&launch, &folder, || !matches!(child.try_wait(), Ok(None)))?;

@@ -95,7 +95,7 @@ impl Place {
         }
     }
 
-    fn token(self) -> Token {
+    pub(crate) fn token(self) -> Token {
         let partition = u64::from(self.partition.0 as u16);
         Token::new(u64::from(self.epoch) << 32 | partition << 16 | u64::from(self.handout), self.offset)
     }

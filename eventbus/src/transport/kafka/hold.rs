@@ -1,0 +1,266 @@
+//! The partitions that a member holds: read ahead by the pump, handed out and settled here.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::Error;
+use crate::partition::PartitionId;
+use crate::subscription::Subscription;
+use crate::transport::kit::cursor::{Cursor, Entry, Order, Past, Settling, lease_end};
+use crate::transport::kit::hand::{Hand, Place};
+use crate::transport::kit::leased::Stored;
+use crate::transport::{Delivery, Polled, Settle, Token};
+
+/// A delivery is ours for as long as its partition is.
+const FOR_EVER: Duration = Duration::MAX;
+
+pub(super) struct Hold {
+    owned: BTreeMap<u32, Owned>,
+    hand: Hand,
+    order: Order,
+    revoke_within: Duration,
+    pub(super) news: VecDeque<News>,
+    /// The epoch of the next ownership; begins anywhere, so that no two consumers share one.
+    next_epoch: u32,
+    /// What is read ahead: events and bytes.
+    pub(super) n_ahead: usize,
+    pub(super) bytes_ahead: usize,
+}
+
+pub(super) enum News {
+    Polled(Polled),
+    Failed(Error),
+}
+
+struct Owned {
+    epoch: u32,
+    /// `None` until the first event shows where reading began.
+    cursor: Option<Cursor>,
+    ahead: VecDeque<Stored>,
+    revoke_at: Option<Instant>,
+    /// The floor that is committed, as far as we know.
+    committed: u64,
+}
+
+/// A position to commit.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Floor {
+    pub(super) partition: u32,
+    pub(super) epoch: u32,
+    pub(super) floor: u64,
+}
+
+impl Hold {
+    pub(super) fn new(subscription: &Subscription) -> Self {
+        let order = match subscription.ordering {
+            crate::capability::Ordering::None => Order::None,
+            _ => Order::PerKey,
+        };
+        Self {
+            owned: BTreeMap::new(),
+            hand: Hand::new(subscription.window, subscription.window_bytes),
+            order,
+            revoke_within: subscription.revoke_within,
+            news: VecDeque::new(),
+            next_epoch: fastrand::u32(..),
+            n_ahead: 0,
+            bytes_ahead: 0,
+        }
+    }
+
+    pub(super) fn gain(&mut self, partitions: &[u32]) {
+        for partition in partitions {
+            self.forget(*partition);
+            self.next_epoch = self.next_epoch.wrapping_add(1);
+            let owned = Owned {
+                epoch: self.next_epoch,
+                cursor: None,
+                ahead: VecDeque::new(),
+                revoke_at: None,
+                committed: 0,
+            };
+            self.owned.insert(*partition, owned);
+        }
+        let gained: Vec<_> = partitions.iter().copied().map(PartitionId).collect();
+        if !gained.is_empty() {
+            self.news.push_back(News::Polled(Polled::Assigned(gained)));
+        }
+    }
+
+    /// Notes that partitions should move; returns when they are taken at the latest.
+    pub(super) fn revoke(&mut self, partitions: &[u32]) -> Instant {
+        let deadline = lease_end(Instant::now(), self.revoke_within);
+        for partition in partitions {
+            if let Some(owned) = self.owned.get_mut(partition) {
+                owned.revoke_at = Some(deadline);
+                drop_ahead(owned, &mut self.n_ahead, &mut self.bytes_ahead);
+            }
+        }
+        let partitions = partitions.iter().copied().map(PartitionId).collect();
+        self.news.push_back(News::Polled(Polled::Revoking { partitions, deadline: deadline.into_std() }));
+        deadline
+    }
+
+    pub(super) fn lose(&mut self, partitions: &[u32]) {
+        let gone: Vec<_> =
+            partitions.iter().copied().filter(|partition| self.forget(*partition)).map(PartitionId).collect();
+        if !gone.is_empty() {
+            self.news.push_back(News::Polled(Polled::Lost(gone)));
+        }
+    }
+
+    /// Forgets a partition without news; false if it was not ours.
+    pub(super) fn forget(&mut self, partition: u32) -> bool {
+        let Some(mut owned) = self.owned.remove(&partition) else { return false };
+        drop_ahead(&mut owned, &mut self.n_ahead, &mut self.bytes_ahead);
+        if let Some(cursor) = &owned.cursor {
+            let (n_events, n_bytes) = cursor.in_hand();
+            self.hand.give_back(n_events, n_bytes);
+        }
+        true
+    }
+
+    pub(super) fn owns(&self, partition: u32, epoch: u32) -> bool {
+        self.owned.get(&partition).is_some_and(|owned| owned.epoch == epoch)
+    }
+
+    pub(super) fn owns_any(&self, partition: u32) -> bool {
+        self.owned.contains_key(&partition)
+    }
+
+    /// What is held, with the offset that is due next where that is known.
+    pub(super) fn positions(&self) -> Vec<(u32, Option<u64>)> {
+        self.owned
+            .iter()
+            .map(|(partition, owned)| {
+                let next = owned.ahead.back().map(|stored| stored.offset + 1);
+                (*partition, next.or_else(|| owned.cursor.as_ref().map(Cursor::next)))
+            })
+            .collect()
+    }
+
+    /// Takes an event that was read; not of a partition that is not ours, or moves away.
+    pub(super) fn read(&mut self, partition: u32, stored: Stored) {
+        let Some(owned) = self.owned.get_mut(&partition).filter(|owned| owned.revoke_at.is_none()) else {
+            return;
+        };
+        let due = owned.ahead.back().map(|last| last.offset + 1);
+        let due = due.or_else(|| owned.cursor.as_ref().map(Cursor::next)).unwrap_or(0);
+        if stored.offset < due {
+            // It came again after a pause.
+            return;
+        }
+        self.n_ahead += 1;
+        self.bytes_ahead += stored.content.size_bytes();
+        owned.ahead.push_back(stored);
+    }
+
+    /// Notes that events below `first` were removed unread.
+    pub(super) fn jump(&mut self, partition: u32, first: u64, error: Error) {
+        if let Some(owned) = self.owned.get_mut(&partition) {
+            match &mut owned.cursor {
+                Some(cursor) => drop(cursor.jump(first)),
+                None => owned.cursor = Some(Cursor::new(self.order, first)),
+            }
+            self.news.push_back(News::Failed(error));
+        }
+    }
+
+    /// Hands out at most `max` deliveries.
+    pub(super) fn collect(&mut self, max: usize, now: Instant) -> Vec<Delivery> {
+        let until = lease_end(now, FOR_EVER);
+        let mut deliveries = Vec::new();
+        let Self { owned, hand, order, n_ahead, bytes_ahead, .. } = self;
+        for (partition, owned) in owned {
+            if owned.revoke_at.is_some() {
+                continue;
+            }
+            let Owned { cursor, ahead, epoch, committed, .. } = owned;
+            let cursor = match (cursor, ahead.front()) {
+                (Some(cursor), _) => cursor,
+                (none, Some(first)) => {
+                    *committed = first.offset;
+                    none.insert(Cursor::new(*order, first.offset))
+                }
+                (None, None) => continue,
+            };
+            let next = |_| {
+                let stored = ahead.pop_front()?;
+                let size = stored.content.size_bytes();
+                *n_ahead -= 1;
+                *bytes_ahead -= size;
+                Some(Entry {
+                    offset: stored.offset,
+                    content: stored.content,
+                    size,
+                    stored_at: stored.stored_at,
+                    past: Past::Fresh,
+                })
+            };
+            let left = max - deliveries.len();
+            hand.fill(cursor, now, until, left, next, |handed| {
+                let (partition, epoch) = (PartitionId(*partition), *epoch);
+                let place = Place { partition, epoch, offset: handed.offset, handout: handed.handout };
+                deliveries.push(
+                    Delivery::new(place.token(), partition, handed.content)
+                        .with_offset(crate::Offset(handed.offset))
+                        .with_stored_at(handed.stored_at),
+                );
+            });
+        }
+        deliveries
+    }
+
+    /// When a delayed retry is due that the window has room for.
+    pub(super) fn wake_at(&self) -> Option<Instant> {
+        if self.hand.room() == 0 {
+            return None;
+        }
+        let held = self.owned.values().filter(|owned| owned.revoke_at.is_none());
+        held.filter_map(|owned| owned.cursor.as_ref()?.due_at()).min()
+    }
+
+    /// Settles in memory; the caller commits [`floors`](Self::floors). Returns the tokens that are void.
+    pub(super) fn settle(&mut self, outcomes: &[(Token, Settle)], now: Instant) -> Vec<Token> {
+        let mut lost = Vec::new();
+        for (token, how) in outcomes {
+            let Place { partition, epoch, offset, handout } = Place::of(*token);
+            let owned = self.owned.get_mut(&partition.0).filter(|owned| owned.epoch == epoch);
+            let Some(cursor) = owned.and_then(|owned| owned.cursor.as_mut()) else {
+                lost.push(*token);
+                continue;
+            };
+            match cursor.settle(offset, handout, *how, now) {
+                Settling::Done { size } => self.hand.give_back(1, size),
+                Settling::Repeated => {}
+                Settling::Lost => lost.push(*token),
+            }
+        }
+        lost
+    }
+
+    /// The floors that are above what is committed.
+    pub(super) fn floors(&self) -> Vec<Floor> {
+        let moved = |(partition, owned): (&u32, &Owned)| {
+            let floor = owned.cursor.as_ref()?.floor();
+            (floor > owned.committed).then_some(Floor { partition: *partition, epoch: owned.epoch, floor })
+        };
+        self.owned.iter().filter_map(moved).collect()
+    }
+
+    pub(super) fn committed(&mut self, floors: &[Floor]) {
+        for Floor { partition, epoch, floor } in floors {
+            if let Some(owned) = self.owned.get_mut(partition).filter(|owned| owned.epoch == *epoch) {
+                owned.committed = owned.committed.max(*floor);
+            }
+        }
+    }
+}
+
+fn drop_ahead(owned: &mut Owned, n_ahead: &mut usize, bytes_ahead: &mut usize) {
+    *n_ahead -= owned.ahead.len();
+    *bytes_ahead -= owned.ahead.iter().map(|stored| stored.content.size_bytes()).sum::<usize>();
+    owned.ahead.clear();
+}

@@ -1,0 +1,273 @@
+//! Publishing: events go to the client's queue in call order, each answered by its own delivery report.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
+
+use async_trait::async_trait;
+use parking_lot::{Mutex, RwLock};
+use rdkafka::ClientConfig;
+use rdkafka::Message as _;
+use rdkafka::client::ClientContext;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
+use tokio::sync::watch;
+
+use super::Options;
+use super::client::{Client, from_kafka, missing, of_code};
+use super::record;
+use crate::admin::Offset;
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::{Key, Topic};
+use crate::partition::{self, PartitionId};
+use crate::transport::kit::queue::{Queued, Room};
+use crate::transport::{Confirm, Publisher, Receipt};
+
+/// What headers and framing may add to an event above what is counted.
+const OVERHEAD: usize = 16 << 10;
+
+/// The producer of a transport value, which all its publishers share.
+pub(super) struct Producing {
+    config: ClientConfig,
+    producer: RwLock<ThreadedProducer<Reports>>,
+    room: Room,
+    /// Held while a batch goes to the client's queue, so that batches do not mix.
+    sending: Mutex<()>,
+    books: Arc<Books>,
+}
+
+/// Which batches wait for their reports.
+#[derive(Debug, Default)]
+struct Books {
+    next: Mutex<u64>,
+    open: Mutex<BTreeSet<u64>>,
+    closed: watch::Sender<u64>,
+    /// Set by an error after which the client refuses all work: a producer of its own is made anew.
+    is_fatal: AtomicBool,
+}
+
+#[derive(Debug, Clone)]
+struct Reports(Arc<Books>);
+
+/// A batch whose reports come in.
+struct Pending {
+    number: u64,
+    queued: Mutex<Option<Queued>>,
+    outcomes: Mutex<Vec<Option<Result<Receipt>>>>,
+    n_left: AtomicUsize,
+    books: Arc<Books>,
+}
+
+/// One event that waits for its report: its batch and its place in it.
+type Waiting = Box<(Arc<Pending>, usize)>;
+
+impl Pending {
+    fn report(&self, at: usize, outcome: Result<Receipt>) {
+        if let Some(place) = self.outcomes.lock().get_mut(at) {
+            *place = Some(outcome);
+        }
+        if self.n_left.fetch_sub(1, Atomic::AcqRel) > 1 {
+            return;
+        }
+        let outcomes = std::mem::take(&mut *self.outcomes.lock());
+        if let Some(queued) = self.queued.lock().take() {
+            let unknown = || Err(Error::new(ErrorKind::Unknown, "the client reported nothing"));
+            queued.answer(outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(unknown)));
+        }
+        self.books.open.lock().remove(&self.number);
+        self.books.closed.send_modify(|n| *n += 1);
+    }
+}
+
+impl ClientContext for Reports {
+    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(?level, facility, message, "librdkafka");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        if error.rdkafka_error_code() == Some(Code::Fatal) {
+            self.0.is_fatal.store(true, Atomic::Release);
+        }
+        tracing::debug!(%error, reason, "librdkafka");
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = Waiting;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, opaque: Self::DeliveryOpaque) {
+        let (pending, at) = *opaque;
+        let outcome = match result {
+            Ok(message) => {
+                let (partition, offset) =
+                    (message.partition().unsigned_abs(), message.offset().unsigned_abs());
+                Ok(Receipt::new(PartitionId(partition), Offset(offset)))
+            }
+            Err((error, _)) => Err(self.refused(error)),
+        };
+        pending.report(at, outcome);
+    }
+}
+
+impl Reports {
+    /// What a failed delivery means: refused for certain, or not known.
+    fn refused(&self, error: &KafkaError) -> Error {
+        let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
+        if code == Code::Fatal {
+            self.0.is_fatal.store(true, Atomic::Release);
+        }
+        let (kind, message) = match of_code(code) {
+            known @ (ErrorKind::NotFound | ErrorKind::TooLarge | ErrorKind::Unauthorized, _) => known,
+            // It never left the client.
+            _ if code == Code::PurgeQueue => (ErrorKind::Closed, "the publisher was closed"),
+            _ => (ErrorKind::Unknown, "the broker did not confirm"),
+        };
+        Error::new(kind, message).caused_by(error.clone())
+    }
+}
+
+fn create(config: &ClientConfig, books: &Arc<Books>) -> Result<ThreadedProducer<Reports>> {
+    config.create_with_context(Reports(books.clone())).map_err(from_kafka)
+}
+
+impl Producing {
+    pub(super) fn new(mut config: ClientConfig, options: &Options) -> Result<Self> {
+        config
+            .set("enable.idempotence", "true")
+            .set("acks", "all")
+            .set("delivery.timeout.ms", options.delivery_timeout.as_millis().to_string())
+            .set("linger.ms", options.linger.as_millis().to_string())
+            .set("compression.type", options.compression)
+            .set("message.max.bytes", (options.max_event_bytes + OVERHEAD).to_string())
+            // The bound that publishing waits for is ours; these lie above it.
+            .set("queue.buffering.max.messages", "200000")
+            .set("queue.buffering.max.kbytes", "262144");
+        let books = Arc::new(Books::default());
+        let producer = RwLock::new(create(&config, &books)?);
+        Ok(Self { config, producer, room: Room::default(), sending: Mutex::default(), books })
+    }
+
+    /// Waits until everything that was accepted before is answered.
+    pub(super) async fn flush(&self) {
+        let last = *self.books.next.lock();
+        let mut closed = self.books.closed.subscribe();
+        loop {
+            closed.borrow_and_update();
+            if self.books.open.lock().first().is_none_or(|first| *first >= last) {
+                return;
+            }
+            if closed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Hands a batch to the client.
+    fn send(&self, queued: Queued, n_partitions: u32) {
+        let _one_at_a_time = self.sending.lock();
+        if self.books.is_fatal.swap(false, Atomic::AcqRel) {
+            match create(&self.config, &self.books) {
+                Ok(producer) => *self.producer.write() = producer,
+                Err(error) => {
+                    self.books.is_fatal.store(true, Atomic::Release);
+                    return queued.fail(&error);
+                }
+            }
+        }
+        let n_events = queued.events.len();
+        if n_events == 0 {
+            return queued.answer(std::iter::empty());
+        }
+        let number = {
+            let mut next = self.books.next.lock();
+            *next += 1;
+            *next - 1
+        };
+        self.books.open.lock().insert(number);
+        let (topic, events) = (queued.topic.clone(), queued.events.clone());
+        let pending = Arc::new(Pending {
+            number,
+            queued: Mutex::new(Some(queued)),
+            outcomes: Mutex::new((0..n_events).map(|_| None).collect()),
+            n_left: AtomicUsize::new(n_events),
+            books: self.books.clone(),
+        });
+        let producer = self.producer.read();
+        let mut held: HashSet<Key> = HashSet::new();
+        for (at, event) in events.iter().enumerate() {
+            if event.key().is_some_and(|key| held.contains(key)) {
+                let error =
+                    Error::new(ErrorKind::Failed, "an earlier event of this key in the batch was refused");
+                pending.report(at, Err(error));
+                continue;
+            }
+            let mut record: BaseRecord<'_, [u8], [u8], Waiting> =
+                BaseRecord::with_opaque_to(topic.as_str(), Box::new((pending.clone(), at)))
+                    .partition(partition::of_envelope(event, n_partitions).0 as i32)
+                    .headers(record::headers(event));
+            if let Some(key) = event.key() {
+                record = record.key(key.as_bytes());
+            }
+            if let Some(payload) = event.payload() {
+                record = record.payload(payload);
+            }
+            if let Err((error, _)) = producer.send(record) {
+                held.extend(event.key().cloned());
+                pending.report(at, Err(from_kafka(error)));
+            }
+        }
+    }
+}
+
+pub(super) struct KafkaPublisher {
+    client: Arc<Client>,
+    closed: AtomicBool,
+}
+
+impl KafkaPublisher {
+    pub(super) fn new(client: Arc<Client>) -> Self {
+        Self { client, closed: AtomicBool::new(false) }
+    }
+
+    fn open(&self) -> Result<()> {
+        self.client.is_open()?;
+        if self.closed.load(Atomic::Acquire) { Err(Error::closed("publisher")) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for KafkaPublisher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KafkaPublisher").field("place", &self.client.place).finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl Publisher for KafkaPublisher {
+    async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
+        let (client, max_event_bytes) = (&self.client, self.client.options.max_event_bytes);
+        self.open()?;
+        let found = client.partitions(topic).await;
+        let (queued, confirm) =
+            client.producing.room.accept(topic, batch, max_event_bytes, || self.open()).await?;
+        match found {
+            Ok(n_partitions) => client.producing.send(queued, n_partitions),
+            Err(error) if error.kind() == ErrorKind::NotFound => queued.fail(&missing(topic)),
+            Err(error) => queued.fail(&error),
+        }
+        Ok(confirm)
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.client.producing.flush().await;
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<()> {
+        if !self.closed.swap(true, Atomic::AcqRel) {
+            self.client.producing.flush().await;
+        }
+        Ok(())
+    }
+}
