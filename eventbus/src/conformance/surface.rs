@@ -14,8 +14,10 @@ pub(super) async fn lag_counts_down(mut cx: Cx) -> Checked {
     };
     ensure!(s.capabilities.admin, "admin is present and not claimed");
     let lag = async || -> Checked<u64> {
-        let groups = admin.groups(Some(&s.topic)).await?;
-        Ok(groups.iter().filter(|group| group.group == s.group).map(|group| group.lag).sum())
+        let mut groups = admin.groups(Some(&s.topic)).await?;
+        groups.retain(|info| info.group == s.group);
+        ensure_eq!(admin.group(&s.group, &s.topic).await?, groups, "the positions of one group");
+        Ok(groups.iter().map(|group| group.lag).sum())
     };
     ensure_eq!(lag().await?, 0, "lag of a new group");
     s.publish(&cx.events(40, 7)).await?;

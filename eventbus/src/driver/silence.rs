@@ -142,8 +142,7 @@ pub(super) async fn watch(subscribed: &Subscribed) {
 /// Unsettled events in the partitions that are ours.
 async fn lag(subscribed: &Subscribed) -> Result<u64> {
     let Some(admin) = subscribed.transport.admin() else { return Ok(0) };
-    let groups = admin.groups(Some(&subscribed.topic)).await?;
+    let positions = admin.group(&subscribed.group, &subscribed.topic).await?;
     let owned = &subscribed.silence.state.lock().owned;
-    let ours = groups.iter().filter(|info| info.group == subscribed.group && owned.contains(&info.partition));
-    Ok(ours.map(|info| info.lag).sum())
+    Ok(positions.iter().filter(|info| owned.contains(&info.partition)).map(|info| info.lag).sum())
 }

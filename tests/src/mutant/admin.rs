@@ -45,6 +45,10 @@ impl Admin for MutantAdmin {
         Ok(groups)
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        self.0.memory.group(group, topic).await
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         self.0.memory.delete_group(group, topic).await
     }

@@ -94,9 +94,10 @@ pub(super) struct Fold {
     indexed: HashMap<Sequence, Instant>,
     /// How often operators said something.
     pub(super) n_said: u64,
-    /// The first position that counts, and the first that was not read.
-    pub(super) low: u64,
+    /// The first position that was not read.
     pub(super) next: u64,
+    /// Records read at or above the low-water mark: positions may have gaps and say nothing of how many they are.
+    pub(super) n_records: u64,
 }
 
 impl Fold {
@@ -114,8 +115,8 @@ impl Fold {
             heads: BTreeSet::new(),
             indexed: HashMap::new(),
             n_said: 0,
-            low,
             next: low,
+            n_records: 0,
         }
     }
 
@@ -149,6 +150,7 @@ impl Fold {
     /// Takes a record that was read from the log.
     pub(super) fn read(&mut self, position: u64, entry: Option<Entry>, now: Now) {
         self.next = position + 1;
+        self.n_records += 1;
         let Some(Entry { record, epoch }) = entry else { return };
         let ours = self.epoch == Some(epoch);
         let stale = epoch < self.last_takeover && !planted(Bug::EpochIgnored);
@@ -376,8 +378,8 @@ impl Fold {
     }
 
     /// Forgets what ended, after the log was rewritten from `low` on.
-    pub(super) fn swept(&mut self, low: u64) {
-        self.low = low;
+    pub(super) fn swept(&mut self, n_below: u64) {
+        self.n_records = self.n_records.saturating_sub(n_below);
         self.finished.clear();
         self.queues.retain(|_, queue| queue.running || !queue.waiting.is_empty());
     }

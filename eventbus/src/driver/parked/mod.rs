@@ -92,7 +92,7 @@ impl Parked {
         let spec =
             TopicSpec::new(topic.clone()).with_partitions(n_partitions.unwrap_or(TopicSpec::PARTITIONS));
         admin.declare(&spec).await?;
-        if !admin.groups(Some(&topic)).await?.iter().any(|info| info.group == *group) {
+        if admin.group(group, &topic).await?.is_empty() {
             // The group is the low-water mark, and keeps retention from passing it.
             let mark = Subscription::group(topic, group.clone()).with_start(Start::Earliest);
             let member = transport.subscribe(&mark).await?;

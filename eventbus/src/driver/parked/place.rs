@@ -46,9 +46,8 @@ impl Log {
 
     /// The low-water mark of each partition: what lies below is ended, or copied above.
     pub(super) async fn lows(&self) -> Result<BTreeMap<PartitionId, u64>> {
-        let groups = self.admin()?.groups(Some(&self.topic)).await?;
-        let of_us = groups.into_iter().filter(|info| info.group == self.group);
-        Ok(of_us.map(|info| (info.partition, info.settled.0)).collect())
+        let of_us = self.admin()?.group(&self.group, &self.topic).await?;
+        Ok(of_us.into_iter().map(|info| (info.partition, info.settled.0)).collect())
     }
 
     /// Appends a record; it is stored when this returns.
@@ -302,7 +301,7 @@ impl Place {
     pub(super) fn is_long(&self, sweep_after: usize) -> bool {
         let fold = self.fold.lock();
         let is_due = self.sweep_after.lock().is_none_or(|at| Instant::now() >= at);
-        is_due && fold.next - fold.low > sweep_after.max(2 * (fold.n_pending() + fold.begun().len())) as u64
+        is_due && fold.n_records > sweep_after.max(2 * (fold.n_pending() + fold.begun().len())) as u64
     }
 
     /// Leaves the log as it is for a while, after a sweep that failed.
@@ -319,19 +318,19 @@ impl Place {
         if !blind {
             self.read_on().await?;
         }
-        let (pending, begun, mut low, n_said) = {
+        let (pending, begun, mut low, n_said, n_below) = {
             let fold = self.fold.lock();
             if fold.is_fenced() && !blind {
                 return Ok(());
             }
-            (fold.all(), fold.begun(), fold.next, fold.n_said)
+            (fold.all(), fold.begun(), fold.next, fold.n_said, fold.n_records)
         };
         // All of it can be read, or nothing is written.
         for waiting in &pending {
             self.body(waiting).await?;
         }
         if planted(Bug::SweepMovesFirst) {
-            self.move_low(low).await?;
+            self.move_low(low, n_below).await?;
         }
         self.append(&Record::Swept).await?;
         for waiting in pending {
@@ -358,7 +357,7 @@ impl Place {
                 return Ok(());
             }
         }
-        self.move_low(low).await
+        self.move_low(low, n_below).await
     }
 
     async fn end(&self) -> Result<u64> {
@@ -367,10 +366,11 @@ impl Place {
         Ok(found.map_or(0, |info| info.next.0))
     }
 
-    async fn move_low(&self, low: u64) -> Result<()> {
+    /// Moves the low-water mark; so many records lie below it.
+    async fn move_low(&self, low: u64, n_below: u64) -> Result<()> {
         let (admin, topic) = (self.log.admin()?, &self.log.topic);
         admin.seek(&self.log.group, topic, self.partition, Offset(low)).await?;
-        self.fold.lock().swept(low);
+        self.fold.lock().swept(n_below);
         // What lies below is copied or ended; where records cannot be removed they only take room.
         if let Err(error) = admin.purge(topic, self.partition, Offset(low)).await {
             tracing::debug!(%error, %topic, "the swept part of the parking log stays");

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::Kafka;
@@ -15,12 +16,18 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 
-/// How often a reader that waits looks at the ends of partitions.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// How many groups are asked for their positions at a time.
 const MAX_ASKING: usize = 16;
 /// When something that a broker is not ready for is asked again.
 const SOON: Duration = Duration::from_millis(20);
+
+/// The offset that an element names, if it is one.
+pub(super) fn offset_of(element: &TopicPartitionListElem<'_>) -> Option<u64> {
+    match element.offset() {
+        KafkaOffset::Offset(offset) => Some(offset.unsigned_abs()),
+        _ => None,
+    }
+}
 
 /// A time in the broker's milliseconds; a part of one is the next.
 pub(super) fn millis(time: SystemTime) -> i64 {
@@ -60,18 +67,11 @@ impl Client {
 
     fn list_once(&self, asked: TopicPartitionList) -> Result<Vec<(u32, Option<u64>)>> {
         let found = self.reader.lock().offsets_for_times(asked, self.options.timeout).map_err(from_kafka)?;
-        found
-            .elements()
-            .iter()
-            .map(|element| {
-                element.error().map_err(from_kafka)?;
-                let offset = match element.offset() {
-                    KafkaOffset::Offset(offset) => Some(offset.unsigned_abs()),
-                    _ => None,
-                };
-                Ok((element.partition().unsigned_abs(), offset))
-            })
-            .collect()
+        let read = |element: &TopicPartitionListElem<'_>| {
+            element.error().map_err(from_kafka)?;
+            Ok((element.partition().unsigned_abs(), offset_of(element)))
+        };
+        found.elements().iter().map(read).collect()
     }
 
     /// First and next offset of each partition. Blocks.
@@ -87,13 +87,25 @@ impl Client {
     }
 
     fn bounds_of(&self, topic: &Topic, partition: PartitionId) -> Result<(u64, u64)> {
-        let all = self.bounds(topic)?;
-        all.get(partition.0 as usize).copied().ok_or_else(|| {
-            Error::not_found("there is no such partition")
-                .with("topic", topic)
-                .with("partition", partition)
-                .with("partitions", all.len())
-        })
+        let number = partition.0 as i32;
+        let end = Instant::now() + self.options.timeout;
+        loop {
+            let found = self.reader.lock().fetch_watermarks(topic.as_str(), number, self.options.timeout);
+            match found.map_err(from_kafka) {
+                Ok((low, end)) => return Ok((low.unsigned_abs(), end.unsigned_abs())),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    return Err(match self.find(topic)? {
+                        Some(n_partitions) => Error::not_found("there is no such partition")
+                            .with("topic", topic)
+                            .with("partition", partition)
+                            .with("partitions", n_partitions),
+                        None => missing(topic),
+                    });
+                }
+                Err(error) if error.is_retryable() && Instant::now() < end => std::thread::sleep(SOON),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn describe(&self, topic: &Topic) -> Result<TopicInfo> {
@@ -186,38 +198,42 @@ impl Client {
         if from.0 >= next || max == 0 {
             return Ok(found);
         }
-        let reader = self.reader.lock();
-        let mut place = TopicPartitionList::new();
-        place
-            .add_partition_offset(topic.as_str(), partition.0 as i32, KafkaOffset::Offset(from.0 as i64))
-            .map_err(from_kafka)?;
-        reader.assign(&place).map_err(from_kafka)?;
-        let end = Instant::now() + self.options.timeout;
-        let outcome = loop {
-            match reader.poll(Duration::from_millis(100)) {
-                Some(Ok(message)) => {
-                    use rdkafka::Message as _;
-                    if message.topic() != topic.as_str() || message.partition() != partition.0 as i32 {
-                        continue;
+        self.with_reader(|reader| {
+            let mut place = TopicPartitionList::new();
+            place
+                .add_partition_offset(topic.as_str(), partition.0 as i32, KafkaOffset::Offset(from.0 as i64))
+                .map_err(from_kafka)?;
+            reader.assign(&place).map_err(from_kafka)?;
+            let end = Instant::now() + self.options.timeout;
+            let outcome = loop {
+                match reader.poll(Duration::from_millis(100)) {
+                    Some(Ok(message)) => {
+                        use rdkafka::Message as _;
+                        if message.topic() != topic.as_str() || message.partition() != partition.0 as i32 {
+                            continue;
+                        }
+                        let stored = record::stored(&message);
+                        let offset = Offset(stored.offset);
+                        found.push(Record::new(partition, offset, stored.stored_at, stored.content));
+                        if found.len() == max || offset.0 + 1 >= next {
+                            break Ok(());
+                        }
                     }
-                    let stored = record::stored(&message);
-                    let offset = Offset(stored.offset);
-                    found.push(Record::new(partition, offset, stored.stored_at, stored.content));
-                    if found.len() == max || offset.0 + 1 >= next {
-                        break Ok(());
-                    }
+                    Some(Err(KafkaError::PartitionEOF(_))) => break Ok(()),
+                    Some(Err(error)) if from_kafka(error.clone()).is_retryable() => {}
+                    Some(Err(error)) => break Err(from_kafka(error)),
+                    None => {}
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => break Ok(()),
-                Some(Err(error)) if from_kafka(error.clone()).is_retryable() => {}
-                Some(Err(error)) => break Err(from_kafka(error)),
-                None => {}
-            }
-            if Instant::now() > end {
-                break Err(Error::new(ErrorKind::Unavailable, "the broker did not bring the events in time"));
-            }
-        };
-        drop(reader.unassign());
-        outcome.map(|()| found)
+                if Instant::now() > end {
+                    break Err(Error::new(
+                        ErrorKind::Unavailable,
+                        "the broker did not bring the events in time",
+                    ));
+                }
+            };
+            drop(reader.unassign());
+            outcome.map(|()| found)
+        })
     }
 }
 
@@ -227,7 +243,7 @@ impl Admin for Kafka {
         let (topic, declared) = (&spec.topic, spec.partitions.get());
         let is_new = self.client.declare(topic, declared, spec.retention).await?;
         self.client.forget(topic);
-        let found = self.client.partitions_of(topic).await?;
+        let found = self.client.created(topic).await?;
         if found == declared {
             return Ok(is_new);
         }
@@ -284,11 +300,16 @@ impl Admin for Kafka {
             .await
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        let (group, topic) = (group.clone(), topic.clone());
+        self.client
+            .blocking(move |client| client.positions_of(&group, &[(&topic, client.bounds(&topic)?)]))
+            .await
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         // Kafka keeps a group as one: its positions in other topics go too.
-        let (name, of) = (topic.clone(), group.clone());
-        let known = self.client.blocking(move |client| client.positions(&[name])).await?;
-        if !known.iter().any(|info| info.group == of) {
+        if self.group(group, topic).await?.is_empty() {
             return Err(Error::not_found("there is no such group in this topic")
                 .with("group", group)
                 .with("topic", topic));
@@ -348,23 +369,8 @@ impl Admin for Kafka {
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {
-        let waiting = async {
-            loop {
-                let (name, asked) = (topic.clone(), positions.to_vec());
-                let ends = move |client: &Client| {
-                    client.list(&name, asked.iter().map(|(partition, _)| (partition.0, KafkaOffset::End)))
-                };
-                let ends = self.client.blocking(ends).await?;
-                let arrived = |(partition, offset): &(PartitionId, Offset)| {
-                    ends.iter()
-                        .any(|(known, end)| *known == partition.0 && end.is_some_and(|end| end > offset.0))
-                };
-                if positions.iter().any(arrived) {
-                    return Ok(());
-                }
-                tokio::time::sleep(LOOK_EVERY).await;
-            }
-        };
+        let wanted = positions.iter().map(|(partition, offset)| (partition.0, offset.0)).collect();
+        let waiting = self.client.arrives(topic, wanted);
         tokio::time::timeout(within, waiting).await.unwrap_or(Ok(()))
     }
 }

@@ -13,12 +13,15 @@ use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 
 use super::Options;
+use super::ends::Ends;
 use super::publisher::Producing;
 use crate::admin::Retention;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::url::Url;
 
+/// Readers of ranges that are kept for the next read.
+const MAX_READERS: usize = 8;
 /// For how long the number of partitions of a topic is believed.
 const TOPIC_AGE: Duration = Duration::from_secs(30);
 
@@ -28,10 +31,14 @@ pub(super) struct Client {
     /// Where it is, without secrets.
     pub(super) place: String,
     admin: AdminClient<DefaultClientContext>,
-    /// Looks at metadata and positions, and reads ranges, outside of any group.
+    /// Looks at metadata and positions.
     pub(super) reader: Mutex<BaseConsumer<Quiet>>,
+    /// Read ranges, outside of any group; those that nobody uses now.
+    readers: Mutex<Vec<BaseConsumer<Quiet>>>,
     pub(super) producing: Producing,
     topics: Mutex<HashMap<Topic, (u32, Instant)>>,
+    /// The ends of partitions that somebody waits for.
+    pub(super) ends: Arc<Ends>,
     closed: AtomicBool,
 }
 
@@ -113,16 +120,7 @@ impl Client {
         let place = config.get("bootstrap.servers").unwrap_or_default().to_owned();
         let opening = tokio::task::spawn_blocking(move || {
             let quiet = Quiet::default();
-            let reader: BaseConsumer<Quiet> = config
-                .clone()
-                // Never joined: positions are given with every read.
-                .set("group.id", "eventbus-reader")
-                .set("enable.auto.commit", "false")
-                .set("enable.partition.eof", "true")
-                .set("auto.offset.reset", "error")
-                .set("isolation.level", "read_committed")
-                .create_with_context(quiet.clone())
-                .map_err(from_kafka)?;
+            let reader = reader(&config, quiet.clone())?;
             reader.fetch_metadata(Some("eventbus-probe"), options.timeout).map_err(|error| {
                 match quiet.refused.lock().take() {
                     Some(reason) => {
@@ -132,15 +130,17 @@ impl Client {
                     None => from_kafka(error),
                 }
             })?;
-            let admin = config.create().map_err(from_kafka)?;
-            let producing = Producing::new(config.clone(), &options)?;
+            let (admin, ends) = (config.create().map_err(from_kafka)?, Arc::<Ends>::default());
+            let producing = Producing::new(config.clone(), &options, ends.clone())?;
             Ok(Self {
                 config,
                 place: String::new(),
                 admin,
                 reader: Mutex::new(reader),
+                readers: Mutex::default(),
                 producing,
                 topics: Mutex::default(),
+                ends,
                 closed: AtomicBool::new(false),
                 options,
             })
@@ -154,6 +154,21 @@ impl Client {
 
     pub(super) fn is_open(&self) -> Result<()> {
         if self.closed.load(Atomic::Acquire) { Err(Error::closed("transport")) } else { Ok(()) }
+    }
+
+    /// Lends a reader of ranges. Each reads one range at a time; a few are kept.
+    pub(super) fn with_reader<T>(&self, read: impl FnOnce(&BaseConsumer<Quiet>) -> Result<T>) -> Result<T> {
+        let kept = self.readers.lock().pop();
+        let lent = match kept {
+            Some(lent) => lent,
+            None => reader(&self.config, Quiet::default())?,
+        };
+        let outcome = read(&lent);
+        let mut readers = self.readers.lock();
+        if readers.len() < MAX_READERS {
+            readers.push(lent);
+        }
+        outcome
     }
 
     /// The settings of a consumer of a group.
@@ -216,7 +231,7 @@ impl Client {
     }
 
     /// Waits until the brokers know of a topic that was just created.
-    async fn created(self: &Arc<Self>, topic: &Topic) -> Result<u32> {
+    pub(super) async fn created(self: &Arc<Self>, topic: &Topic) -> Result<u32> {
         let end = Instant::now() + self.options.timeout;
         loop {
             let name = topic.clone();
@@ -321,6 +336,20 @@ impl Client {
             self.producing.flush().await;
         }
     }
+}
+
+/// A client that is in no group: positions are given with every read.
+fn reader(config: &ClientConfig, quiet: Quiet) -> Result<BaseConsumer<Quiet>> {
+    config
+        .clone()
+        .set("group.id", "eventbus-reader")
+        .set("enable.auto.commit", "false")
+        .set("enable.partition.eof", "true")
+        .set("auto.offset.reset", "error")
+        .set("isolation.level", "read_committed")
+        .set("fetch.wait.max.ms", "10")
+        .create_with_context(quiet)
+        .map_err(from_kafka)
 }
 
 pub(super) fn interrupted(error: tokio::task::JoinError) -> Error {

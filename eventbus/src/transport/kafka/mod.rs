@@ -33,6 +33,7 @@
 mod admin;
 mod client;
 mod consumer;
+mod ends;
 mod hold;
 mod publisher;
 mod pump;

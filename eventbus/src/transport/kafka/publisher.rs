@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use super::Options;
 use super::client::{Client, from_kafka, missing, of_code};
+use super::ends::Ends;
 use super::record;
 use crate::admin::Offset;
 use crate::envelope::Envelope;
@@ -46,6 +47,8 @@ struct Books {
     closed: watch::Sender<u64>,
     /// Set by an error after which the client refuses all work: a producer of its own is made anew.
     is_fatal: AtomicBool,
+    /// Who waits for events outside of groups.
+    ends: Arc<Ends>,
 }
 
 #[derive(Debug, Clone)]
@@ -103,6 +106,7 @@ impl ProducerContext for Reports {
             Ok(message) => {
                 let (partition, offset) =
                     (message.partition().unsigned_abs(), message.offset().unsigned_abs());
+                self.0.ends.stored(message.topic(), partition, offset);
                 Ok(Receipt::new(PartitionId(partition), Offset(offset)))
             }
             Err((error, _)) => Err(self.refused(error)),
@@ -133,7 +137,7 @@ fn create(config: &ClientConfig, books: &Arc<Books>) -> Result<ThreadedProducer<
 }
 
 impl Producing {
-    pub(super) fn new(mut config: ClientConfig, options: &Options) -> Result<Self> {
+    pub(super) fn new(mut config: ClientConfig, options: &Options, ends: Arc<Ends>) -> Result<Self> {
         config
             .set("enable.idempotence", "true")
             .set("acks", "all")
@@ -144,7 +148,7 @@ impl Producing {
             // The bound that publishing waits for is ours; these lie above it.
             .set("queue.buffering.max.messages", "200000")
             .set("queue.buffering.max.kbytes", "262144");
-        let books = Arc::new(Books::default());
+        let books = Arc::new(Books { ends, ..Books::default() });
         let producer = RwLock::new(create(&config, &books)?);
         Ok(Self { config, producer, room: Room::default(), sending: Mutex::default(), books })
     }

@@ -157,6 +157,10 @@ impl Admin for Memory {
         Ok(groups)
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        Ok(self.groups(Some(topic)).await?.into_iter().filter(|info| info.group == *group).collect())
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         let state = self.broker.existing(topic)?;
         let mut inner = state.lock();

@@ -178,6 +178,10 @@ impl Admin for Postgres {
             .await
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        Ok(self.groups(Some(topic)).await?.into_iter().filter(|info| info.group == *group).collect())
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         let (group, topic) = (group.clone(), topic.clone());
         self.store
@@ -280,15 +284,25 @@ impl Admin for Postgres {
         let found = self
             .store
             .run(|store| async move { topics::existing(&mut *store.connection().await?, &name).await });
-        let mut bell = self.store.bells.hear(found.await?.0);
+        let id = found.await?.0;
+        let mut bell = self.store.bells.hear(id);
+        let (partitions, offsets): (Vec<i32>, Vec<i64>) =
+            positions.iter().map(|(partition, offset)| (partition.0 as i32, offset.0 as i64)).unzip();
         let waiting = async {
             loop {
                 bell.borrow_and_update();
-                let info = self.topic(topic).await?.ok_or_else(|| topics::missing(topic))?;
-                let arrived = |(partition, offset): &(PartitionId, Offset)| {
-                    info.partitions.iter().any(|known| known.partition == *partition && known.next > *offset)
-                };
-                if positions.iter().any(arrived) || bell.changed().await.is_err() {
+                let (partitions, offsets) = (partitions.clone(), offsets.clone());
+                let look = self.store.run(move |store| async move {
+                    let arrived = sqlx::query(
+                        r#"SELECT EXISTS (SELECT 1 FROM eventbus_partition p
+                           JOIN unnest($2::integer[], $3::bigint[]) AS w (partition, "offset") ON w.partition = p.partition
+                           WHERE p.topic = $1 AND p.next > w."offset")"#,
+                    );
+                    let arrived = arrived.bind(id).bind(partitions).bind(offsets);
+                    let row = arrived.fetch_one(&mut *store.connection().await?).await;
+                    row.and_then(|row| row.try_get::<bool, _>(0)).map_err(from_sqlx)
+                });
+                if look.await? || bell.changed().await.is_err() {
                     return Ok(());
                 }
             }

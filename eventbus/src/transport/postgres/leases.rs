@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use super::membership::{self, GroupRow, Seat};
 use super::row::{Texts, event_columns, stored};
 use super::schema::from_sqlx;
-use super::store::Store;
+use super::store::{LOOK_EVERY, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::subscription::Subscription;
 use crate::transport::kit::leased::{self, Fetched, Look, Progress, Standing, Wanted};
@@ -28,6 +28,10 @@ impl leased::Store for Store {
 
     fn session(&self) -> Duration {
         self.options.session
+    }
+
+    fn look_every(&self) -> Option<Duration> {
+        Some(LOOK_EVERY)
     }
 
     fn news(&self, group: &GroupRow) -> watch::Receiver<u64> {

@@ -22,8 +22,10 @@ use crate::transport::kit::tasks::Tasks;
 /// The channel on which processes tell each other the ids of topics that changed.
 pub(super) const CHANNEL: &str = "eventbus";
 
-/// How often readers look although nobody told them anything: a word on the channel may be lost.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often members look although nobody told them anything: a word on the channel may be lost.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// When a connection that failed is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Store {
     pub(super) pool: PgPool,
@@ -154,23 +156,22 @@ async fn tell_others(pool: PgPool, mut changed: mpsc::UnboundedReceiver<i64>) {
     }
 }
 
-/// Hears what other processes tell, and has readers look from time to time all the same.
+/// Hears what other processes tell; readers look for themselves whenever words may have been missed.
 async fn listen(pool: PgPool, store: std::sync::Weak<Store>) {
     loop {
         let listening = async {
             let mut listener = PgListener::connect_with(&pool).await?;
             listener.listen(CHANNEL).await?;
+            if let Some(store) = store.upgrade() {
+                store.bells.ring_all();
+            }
             loop {
-                let heard = tokio::time::timeout(LOOK_EVERY, listener.try_recv()).await;
+                let heard = listener.try_recv().await?;
                 let Some(store) = store.upgrade() else { return Ok(()) };
-                match heard {
-                    Ok(Ok(Some(heard))) => match heard.payload().parse() {
-                        Ok(topic) => store.bells.ring(&topic),
-                        Err(_) => store.bells.ring_all(),
-                    },
-                    // Words may have been missed, or none were said for a while.
-                    Ok(Ok(None)) | Err(_) => store.bells.ring_all(),
-                    Ok(Err(error)) => return Err(error),
+                match heard.map(|heard| heard.payload().parse()) {
+                    Some(Ok(topic)) => store.bells.ring(&topic),
+                    // The connection was renewed: words may have been missed.
+                    None | Some(Err(_)) => store.bells.ring_all(),
                 }
             }
         };
@@ -181,6 +182,6 @@ async fn listen(pool: PgPool, store: std::sync::Weak<Store>) {
         }
         store.bells.ring_all();
         drop(store);
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(AGAIN).await;
     }
 }

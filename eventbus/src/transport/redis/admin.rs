@@ -250,6 +250,10 @@ impl Admin for Redis {
         Ok(found)
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        Ok(self.groups(Some(topic)).await?.into_iter().filter(|info| info.group == *group).collect())
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         let n_partitions = self.store.existing(topic).await?;
         let exceptions =
@@ -335,14 +339,20 @@ impl Admin for Redis {
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {
         let mut bell = self.store.bells.hear(topic.clone());
+        self.store.existing(topic).await?;
         let waiting = async {
             loop {
                 bell.borrow_and_update();
-                let info = self.topic(topic).await?.ok_or_else(|| missing(topic))?;
-                let arrived = |(partition, offset): &(PartitionId, Offset)| {
-                    info.partitions.iter().any(|known| known.partition == *partition && known.next > *offset)
-                };
-                if positions.iter().any(arrived) || bell.changed().await.is_err() {
+                let mut pipeline = Pipeline::new();
+                for (partition, from) in positions {
+                    let (stream, id) = (keys::stream(topic, partition.0), keys::id(from.0));
+                    pipeline.cmd("XRANGE").arg(stream).arg(id).arg("+").arg("COUNT").arg(1);
+                }
+                let found: Vec<Vec<Value>> = self
+                    .store
+                    .with(|mut connection| async move { pipeline.query_async(&mut connection).await })
+                    .await?;
+                if found.iter().any(|entries| !entries.is_empty()) || bell.changed().await.is_err() {
                     return Ok(());
                 }
             }

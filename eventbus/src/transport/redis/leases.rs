@@ -10,7 +10,7 @@ use redis::{Pipeline, Value};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::store::{Store, missing, script};
+use super::store::{LOOK_EVERY, Store, missing, script};
 use super::{entry, keys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
@@ -64,6 +64,10 @@ impl leased::Store for Store {
 
     fn session(&self) -> Duration {
         self.options.session
+    }
+
+    fn look_every(&self) -> Option<Duration> {
+        Some(LOOK_EVERY)
     }
 
     fn news(&self, group: &GroupKey) -> watch::Receiver<u64> {

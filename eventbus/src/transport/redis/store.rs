@@ -22,8 +22,10 @@ use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
 use crate::url::Url;
 
-/// How often readers look although nobody told them anything: foreign programs tell nothing.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often members look although nobody told them anything: foreign programs tell nothing.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// When a connection that failed is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
 
 pub(super) struct Store {
     client: Client,
@@ -260,7 +262,7 @@ async fn probe(connection: &mut MultiplexedConnection, options: &Options) -> Res
     durability(of("appendonly") == "yes", of("appendfsync"), options.flushed)
 }
 
-/// Hears what publishers and members tell, and has readers look from time to time all the same.
+/// Hears what publishers and members tell; readers look for themselves whenever words may have been missed.
 async fn listen(store: Weak<Store>) {
     loop {
         let Some(client) = store.upgrade().map(|store| store.client.clone()) else { return };
@@ -275,18 +277,11 @@ async fn listen(store: Weak<Store>) {
                 let next = std::future::poll_fn(|task| {
                     futures_core::Stream::poll_next(std::pin::Pin::new(&mut news), task)
                 });
-                let heard = tokio::time::timeout(LOOK_EVERY, next).await;
-                let Some(store) = store.upgrade() else { return Ok(()) };
-                match heard {
-                    Ok(Some(heard)) => {
-                        let channel = heard.get_channel_name();
-                        let name = channel.strip_prefix("evt:{").and_then(|rest| rest.strip_suffix("}:news"));
-                        if let Some(topic) = name.and_then(|name| Topic::new(name).ok()) {
-                            store.bells.ring(&topic);
-                        }
-                    }
-                    Ok(None) => return Ok(()),
-                    Err(_) => store.bells.ring_all(),
+                let (Some(heard), Some(store)) = (next.await, store.upgrade()) else { return Ok(()) };
+                let channel = heard.get_channel_name();
+                let name = channel.strip_prefix("evt:{").and_then(|rest| rest.strip_suffix("}:news"));
+                if let Some(topic) = name.and_then(|name| Topic::new(name).ok()) {
+                    store.bells.ring(&topic);
                 }
             }
         };
@@ -297,7 +292,7 @@ async fn listen(store: Weak<Store>) {
         let Some(store) = store.upgrade() else { return };
         store.bells.ring_all();
         drop(store);
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

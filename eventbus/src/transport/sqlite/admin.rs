@@ -173,6 +173,10 @@ impl Admin for Sqlite {
             .await
     }
 
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        Ok(self.groups(Some(topic)).await?.into_iter().filter(|info| info.group == *group).collect())
+    }
+
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         let (group, topic) = (group.clone(), topic.clone());
         self.store

@@ -30,6 +30,10 @@ impl leased::Store for Store {
         self.options.session
     }
 
+    fn look_every(&self) -> Option<Duration> {
+        None
+    }
+
     fn news(&self, _group: &GroupRow) -> watch::Receiver<u64> {
         self.news()
     }

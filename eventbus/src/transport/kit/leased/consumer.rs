@@ -246,7 +246,8 @@ impl<S: Store> Consumer for LeasedConsumer<S> {
             if let Some(polled) = member.look(max)? {
                 return Ok(polled);
             }
-            let wake_at = member.state.lock().wake_at();
+            let look_at = member.store.look_every().map(|every| Instant::now() + every);
+            let wake_at = member.state.lock().wake_at().into_iter().chain(look_at).min();
             let changed = async {
                 tokio::select! {
                     changed = news.changed() => changed.map_err(|_| Error::closed("store")),

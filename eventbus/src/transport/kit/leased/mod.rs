@@ -39,6 +39,9 @@ pub(in crate::transport) trait Store: Send + Sync + 'static {
     /// A member that is silent for so long loses its partitions.
     fn session(&self) -> Duration;
 
+    /// How often a member looks though nothing rang: where news can be lost, or others store without telling.
+    fn look_every(&self) -> Option<Duration>;
+
     /// Rings when events of the group's topic may have been stored, or the group may have changed.
     fn news(&self, group: &Self::Group) -> watch::Receiver<u64>;
 
