@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use xtask::brokers::Kind;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
@@ -38,7 +40,7 @@ fn masked(line: &str) -> String {
 #[test]
 fn every_block_has_somebody_who_runs_it() {
     let languages: Vec<_> = blocks().into_iter().map(|(language, _)| language).collect();
-    assert_eq!(languages, ["bash", "text", "bash", "bash", "text", "rust", "toml"]);
+    assert_eq!(languages, ["bash", "text", "bash", "bash", "text", "rust", "toml", "sh"]);
     let ci = std::fs::read_to_string(root().join(".ci/run")).unwrap();
     assert_eq!(blocks()[3].1, "cargo xtask test\n");
     assert!(ci.contains("cargo xtask test"), "CI must call the command that the README names");
@@ -50,8 +52,15 @@ fn every_block_has_somebody_who_runs_it() {
 #[tokio::test]
 async fn the_table_of_transports_is_true() {
     let folder = tempfile::tempdir().unwrap();
-    let shown = ["memory://".to_owned(), "sqlite://file.db".to_owned()];
-    let opened = ["memory://".to_owned(), format!("sqlite://{}/bus.db", folder.path().display())];
+    let real = |kind| xtask::brokers::url(kind).unwrap();
+    let pages = [
+        ("memory://", "memory://".to_owned()),
+        ("sqlite://file.db", format!("sqlite://{}/bus.db", folder.path().display())),
+        ("kafka://…", real(Kind::Kafka)),
+        ("postgres://…", real(Kind::Postgres)),
+        ("redis://…", real(Kind::Redis)),
+    ];
+    let (shown, opened): (Vec<&str>, Vec<String>) = pages.into_iter().unzip();
     let mut pages = Vec::new();
     for url in opened {
         pages.push(eventbus::connect(&url).await.unwrap().transport().capabilities().rows());

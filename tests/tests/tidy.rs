@@ -41,17 +41,38 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
     ("observer.rs", &["crate::driver", "crate::bus"], "an observer is told, and asks nobody"),
     (
         "driver/",
-        &["crate::testing", "crate::conformance", "transport::memory", "transport::sqlite"],
+        &[
+            "crate::testing",
+            "crate::conformance",
+            "transport::kafka",
+            "transport::memory",
+            "transport::postgres",
+            "transport::redis",
+            "transport::sqlite",
+        ],
         "the driver knows only the contract",
     ),
     (
         "conformance/",
-        &["crate::bus", "transport::memory", "transport::sqlite"],
+        &[
+            "crate::bus",
+            "transport::kafka",
+            "transport::memory",
+            "transport::postgres",
+            "transport::redis",
+            "transport::sqlite",
+        ],
         "the suite knows only the contract",
     ),
     (
         "cli/src/",
-        &["transport::memory", "transport::sqlite"],
+        &[
+            "transport::kafka",
+            "transport::memory",
+            "transport::postgres",
+            "transport::redis",
+            "transport::sqlite",
+        ],
         "the command line knows addresses, not transports",
     ),
     (
@@ -61,7 +82,17 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
     ),
     ("cli/src/range.rs", &["crate::context", "crate::reader", "crate::out"], "ranges are below readers"),
     ("cli/src/record.rs", &["crate::context", "crate::reader", "crate::out"], "records are below readers"),
-    ("examples/", &["transport::memory", "transport::sqlite"], "services know addresses, not transports"),
+    (
+        "examples/",
+        &[
+            "transport::kafka",
+            "transport::memory",
+            "transport::postgres",
+            "transport::redis",
+            "transport::sqlite",
+        ],
+        "services know addresses, not transports",
+    ),
     ("examples/eshop/src/contracts.rs", &["crate::shop", "crate::store"], "contracts know no service"),
     ("examples/eshop/src/machine.rs", &["crate::shop", "crate::store", "eventbus::"], "the table is pure"),
 ];
