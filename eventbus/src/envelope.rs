@@ -312,6 +312,9 @@ impl Envelope {
                 .with("bytes", inner.id.len())
                 .with("max_bytes", MAX_ID_BYTES));
         }
+        if inner.id.as_uuid().is_none() && inner.id.to_string().chars().any(char::is_control) {
+            return Err(Error::invalid("event id holds a control character"));
+        }
         if inner.key.as_ref().is_some_and(|key| key.as_bytes().len() > MAX_KEY_BYTES) {
             return Err(Error::new(ErrorKind::TooLarge, "key is too long").with("max_bytes", MAX_KEY_BYTES));
         }
@@ -406,6 +409,7 @@ mod tests {
             Envelope::new("t", "/s\0"),
             sample().with_subject("x".repeat(MAX_ATTRIBUTE_BYTES + 1)),
             sample().with_id(EventId::parse("")),
+            sample().with_id(EventId::parse("a\0b")),
             sample().with_key("k".repeat(MAX_KEY_BYTES + 1)),
             sample().with_extension("Upper", "x"),
             sample().with_extension("x-death", "x"),

@@ -1,6 +1,8 @@
 //! Times as RFC 3339 text, and as the nanoseconds that stores keep.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
+#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Writes a time as RFC 3339 in UTC, with as many digits as it needs.
 pub fn to_rfc3339(time: SystemTime) -> String {
@@ -13,6 +15,7 @@ pub fn from_rfc3339(text: &str) -> Option<SystemTime> {
 }
 
 /// Nanoseconds since 1970; of times out of range the nearest.
+#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
 pub(crate) fn to_nanos(time: SystemTime) -> i64 {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
@@ -21,6 +24,7 @@ pub(crate) fn to_nanos(time: SystemTime) -> i64 {
 }
 
 /// The time so many nanoseconds after 1970.
+#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
 pub(crate) fn from_nanos(nanos: i64) -> SystemTime {
     let size = Duration::from_nanos(nanos.unsigned_abs());
     let time = if nanos < 0 { UNIX_EPOCH.checked_sub(size) } else { UNIX_EPOCH.checked_add(size) };
@@ -28,6 +32,7 @@ pub(crate) fn from_nanos(nanos: i64) -> SystemTime {
 }
 
 /// Nanoseconds of a duration; of durations out of range the longest.
+#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
 pub(crate) fn nanos(duration: Duration) -> i64 {
     i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
 }

@@ -14,7 +14,7 @@ mod delivery;
 
 #[cfg_attr(
     not(all(feature = "memory", feature = "sqlite", feature = "postgres", feature = "redis")),
-    allow(dead_code, reason = "what of it is used depends on the transports that are built")
+    allow(dead_code, unused_imports, reason = "what of it is used depends on the transports that are built")
 )]
 mod kit;
 

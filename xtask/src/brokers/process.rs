@@ -130,9 +130,10 @@ impl Process {
             std::thread::sleep(Duration::from_millis(5));
         }
         drop(self.signal("KILL"));
-        drop(self.child.wait());
+        // Before the number of the child is free for another process.
         drop(self.watch.stdin.take());
         drop(self.watch.wait());
+        drop(self.child.wait());
     }
 }
 

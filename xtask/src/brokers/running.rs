@@ -69,7 +69,13 @@ pub fn up(kinds: &[Kind], version: Option<&str>) -> Result<Vec<Running>> {
         let (folder, launch) = prepare(*kind, version, None)?;
         let mut child = spawn(&launch, &folder)?;
         let pid = child.id();
-        wait_until_ready(&launch, &folder, || !matches!(child.try_wait(), Ok(None)))?;
+        if let Err(problem) = wait_until_ready(&launch, &folder, || !matches!(child.try_wait(), Ok(None))) {
+            // Nobody would find it: it is not noted yet.
+            drop(signal_group(pid, "KILL"));
+            drop(child.wait());
+            remove(&folder)?;
+            return Err(problem);
+        }
         let born = birth(pid).ok_or_else(|| format!("{kind} ended right after its start"))?;
         let text = format!("{kind}\n{}\n{pid}\n{born}\n{}\n{}\n", launch.url, folder.display(), launch.sweep);
         let note = |error: std::io::Error| format!("{}: {error}", notes().display());

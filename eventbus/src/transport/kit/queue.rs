@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 
 use async_trait::async_trait;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::admit::{Admitted, Refused};
 use crate::envelope::Envelope;
@@ -91,7 +91,7 @@ impl Queued {
 enum Work {
     Publish(Queued),
     Flush(oneshot::Sender<()>),
-    Stop(oneshot::Sender<()>),
+    Stop,
 }
 
 /// The way to the one task of a transport value that stores what is published.
@@ -100,18 +100,35 @@ pub(crate) struct Queue {
     room: Room,
     work: mpsc::UnboundedSender<Work>,
     closed: AtomicBool,
+    /// True when the storing task has ended.
+    ended: watch::Receiver<bool>,
     max_event_bytes: usize,
 }
 
 /// The storing task's end of a [`Queue`].
 #[derive(Debug)]
-pub(crate) struct Rounds(mpsc::UnboundedReceiver<Work>);
+pub(crate) struct Rounds {
+    work: mpsc::UnboundedReceiver<Work>,
+    /// Says that the task has ended, however it does.
+    _ended: End,
+}
+
+#[derive(Debug)]
+struct End(watch::Sender<bool>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
 
 impl Queue {
     pub(crate) fn new(max_event_bytes: usize) -> (Arc<Self>, Rounds) {
-        let (work, rounds) = mpsc::unbounded_channel();
-        let queue = Self { room: Room::default(), work, closed: AtomicBool::new(false), max_event_bytes };
-        (Arc::new(queue), Rounds(rounds))
+        let (sender, work) = mpsc::unbounded_channel();
+        let (end, ended) = watch::channel(false);
+        let (room, closed) = (Room::default(), AtomicBool::new(false));
+        let queue = Self { room, work: sender, closed, ended, max_event_bytes };
+        (Arc::new(queue), Rounds { work, _ended: End(end) })
     }
 
     /// Fails once the transport is closed.
@@ -129,12 +146,13 @@ impl Queue {
         flushed.await.map_err(|_| Error::closed("transport"))
     }
 
-    /// Closes; the first call waits until everything accepted was answered and the storing task has ended.
+    /// Closes, and waits until everything accepted was answered and the storing task has ended. Each call waits.
     pub(crate) async fn stop(&self) {
-        let (done, stopped) = oneshot::channel();
-        if !self.closed.swap(true, Atomic::AcqRel) && self.send(Work::Stop(done)).is_ok() {
-            drop(stopped.await);
+        if !self.closed.swap(true, Atomic::AcqRel) {
+            // It takes what is before this, and ends.
+            drop(self.send(Work::Stop));
         }
+        drop(self.ended.clone().wait_for(|ended| *ended).await);
     }
 }
 
@@ -149,7 +167,7 @@ impl Rounds {
     /// Waits for work and takes what is there, up to a number of events and bytes (and one batch more). `None` when
     /// nobody can publish any more.
     pub(crate) async fn next(&mut self, max_events: usize, max_bytes: usize) -> Option<Round> {
-        let mut next = Some(self.0.recv().await?);
+        let mut next = Some(self.work.recv().await?);
         let (mut batches, mut ending) = (Vec::new(), Ending::default());
         let (mut n_events, mut n_bytes) = (0, 0);
         while let Some(work) = next.take() {
@@ -160,13 +178,13 @@ impl Rounds {
                     batches.push(queued);
                 }
                 Work::Flush(done) => ending.flushed.push(done),
-                Work::Stop(done) => {
-                    ending.stop = Some(done);
+                Work::Stop => {
+                    ending.is_last = true;
                     break;
                 }
             }
             if n_events < max_events && n_bytes < max_bytes {
-                next = self.0.try_recv().ok();
+                next = self.work.try_recv().ok();
             }
         }
         Some(Round { batches, ending })
@@ -177,17 +195,14 @@ impl Rounds {
 #[derive(Debug, Default)]
 pub(crate) struct Ending {
     flushed: Vec<oneshot::Sender<()>>,
-    stop: Option<oneshot::Sender<()>>,
+    is_last: bool,
 }
 
 impl Ending {
     /// Tells that everything of the round was answered; true if it was the last one.
     pub(crate) fn tell(self) -> bool {
         self.flushed.into_iter().for_each(|done| _ = done.send(()));
-        self.stop.is_some_and(|done| {
-            _ = done.send(());
-            true
-        })
+        self.is_last
     }
 }
 

@@ -120,7 +120,12 @@ impl leased::Store for Store {
         let store = self.clone();
         let leaving = store.tasks.begin();
         runtime.spawn(async move {
-            if let Err(error) = leased::Store::leave(&store, &seat).await {
+            // Also while the store closes, which waits for this.
+            let left = async {
+                let mut connection = store.pool.acquire().await.map_err(from_sqlx)?;
+                membership::leave(&mut connection, &seat).await
+            };
+            if let Err(error) = left.await {
                 tracing::debug!(%error, "a member could not leave; it is gone when its session ends");
             }
             drop(leaving);

@@ -114,6 +114,12 @@ async fn store_with(
     for queued in round.iter().filter(|queued| !queued.events.is_empty()) {
         if !found.contains_key(&queued.topic) {
             let resolved = store.resolve(connection, &queued.topic).await;
+            // A connection that failed is not kept.
+            if let Err(error) = &resolved
+                && error.is_retryable()
+            {
+                return Err(error.duplicate());
+            }
             found.insert(&queued.topic, resolved);
         }
     }

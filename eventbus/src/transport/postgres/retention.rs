@@ -71,11 +71,13 @@ async fn trim(connection: &mut PgConnection) -> Result<()> {
     Ok(())
 }
 
-/// A broadcast whose process died would hold back retention for ever.
+/// A broadcast whose process died would hold back retention for ever. Long after its session: a server that was away
+/// must not end one that lives.
 async fn forget_dead_broadcasts(connection: &mut PgConnection) -> Result<()> {
     let dead = sqlx::query(
         "SELECT g.id FROM eventbus_group g WHERE g.ephemeral AND NOT EXISTS (
-           SELECT 1 FROM eventbus_member m WHERE m.grp = g.id AND m.alive_until >= clock_timestamp())
+           SELECT 1 FROM eventbus_member m WHERE m.grp = g.id
+           AND m.alive_until + interval '1 minute' >= clock_timestamp())
          FOR UPDATE SKIP LOCKED",
     );
     let dead = dead.fetch_all(&mut *connection).await.map_err(from_sqlx)?;

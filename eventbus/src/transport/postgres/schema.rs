@@ -113,6 +113,7 @@ fn of_code(code: &str) -> (ErrorKind, &'static str) {
             (ErrorKind::Unavailable, "the server takes no writes: it is a replica or is set read-only")
         }
         "54000" => (ErrorKind::TooLarge, "a value is too large for the server"),
+        "55P03" => (ErrorKind::Unavailable, "another transaction holds a lock for too long"),
         "40001" | "40P01" => (ErrorKind::Unavailable, "the server asks to try the transaction again"),
         "57014" => (ErrorKind::Timeout, "the server ended the statement"),
         _ if code.starts_with("08")

@@ -33,8 +33,8 @@ pub(super) async fn write(store: Weak<Store>, mut rounds: Rounds) {
     }
 }
 
-/// Events of a round by topic and partition: the places of batch and event, in order.
-type Lanes<'a> = BTreeMap<(&'a Topic, u32), Vec<(usize, usize)>>;
+/// Events of a round by topic, partition and number of partitions: the places of batch and event, in order.
+type Lanes<'a> = BTreeMap<(&'a Topic, u32, u32), Vec<(usize, usize)>>;
 
 async fn store_round(store: &Store, connection: &mut Option<MultiplexedConnection>, round: Vec<Queued>) {
     let mut outcomes: Vec<Vec<Option<Result<Receipt>>>> =
@@ -57,7 +57,10 @@ async fn store_round(store: &Store, connection: &mut Option<MultiplexedConnectio
                 match resolved.get(&queued.topic) {
                     Some(Ok(n_partitions)) if retries => {
                         let partition = partition::of_envelope(event, *n_partitions).0;
-                        lanes.entry((&queued.topic, partition)).or_default().push((at, event_at));
+                        lanes
+                            .entry((&queued.topic, partition, *n_partitions))
+                            .or_default()
+                            .push((at, event_at));
                     }
                     Some(Err(error)) if retries => *outcome = Some(Err(error.duplicate())),
                     _ => {}
@@ -69,7 +72,7 @@ async fn store_round(store: &Store, connection: &mut Option<MultiplexedConnectio
         }
         let answers = send(store, connection, &round, &lanes).await;
         let mut again = false;
-        for (((topic, partition), events), answer) in lanes.iter().zip(answers) {
+        for (((topic, partition, _), events), answer) in lanes.iter().zip(answers) {
             let ids = answer
                 .map_err(|error| error.with("topic", topic))
                 .and_then(|ids| if ids.len() == events.len() { Ok(ids) } else { Err(unexpected()) });
@@ -116,9 +119,10 @@ async fn send(
 ) -> Vec<Result<Vec<u64>>> {
     let all = |error: &Error| lanes.iter().map(|_| Err(error.duplicate())).collect();
     let mut pipeline = Pipeline::with_capacity(lanes.len() + 1);
-    for ((topic, partition), events) in lanes {
-        let call = pipeline.cmd("EVALSHA").arg(script!("append").get_hash()).arg(1);
-        call.arg(keys::stream(topic, *partition)).arg(keys::channel(topic)).arg(*partition).arg(events.len());
+    for ((topic, partition, n_partitions), events) in lanes {
+        let call = pipeline.cmd("EVALSHA").arg(script!("append").get_hash()).arg(2);
+        call.arg(keys::stream(topic, *partition)).arg(keys::meta(topic)).arg(keys::channel(topic));
+        call.arg(*partition).arg(*n_partitions).arg(events.len());
         for (at, event_at) in events {
             let Some(event) = round.get(*at).and_then(|queued| queued.events.get(*event_at)) else {
                 continue;

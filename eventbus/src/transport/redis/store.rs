@@ -140,7 +140,7 @@ impl Store {
         };
         drop(shared);
         let outcome = work(connection).await;
-        if outcome.as_ref().is_err_and(|error| error.is_unrecoverable_error() || error.is_timeout()) {
+        if outcome.as_ref().is_err_and(is_unknown) {
             self.connection.lock().await.take();
         }
         outcome.map_err(from_redis)
@@ -248,8 +248,13 @@ async fn connect(client: &Client, options: &Options) -> Result<MultiplexedConnec
 async fn probe(connection: &mut MultiplexedConnection, options: &Options) -> Result<Durability> {
     let info: String = redis::cmd("INFO").arg("server").query_async(connection).await.map_err(from_redis)?;
     let version = info.lines().find_map(|line| line.strip_prefix("redis_version:")).unwrap_or_default();
-    let major: u32 = version.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0);
-    if major < 7 {
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    let known = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if options.flushed && known < (7, 2) {
+        return Err(Error::new(ErrorKind::Unsupported, "durability=flushed needs Redis 7.2 (WAITAOF)")
+            .with("version", version));
+    }
+    if known < (7, 0) {
         return Err(
             Error::new(ErrorKind::Unsupported, "the server is older than Redis 7").with("version", version)
         );
@@ -315,6 +320,7 @@ pub(super) fn from_redis(error: RedisError) -> Error {
             | ServerErrorKind::MasterDown
             | ServerErrorKind::ReadOnly,
         ) => (ErrorKind::Unavailable, "the server cannot work now"),
+        _ if error.is_io_error() => (ErrorKind::Unavailable, "the server cannot be reached"),
         _ if error.is_timeout() => (ErrorKind::Unavailable, "the server did not answer in time"),
         _ if error.is_unrecoverable_error() => {
             (ErrorKind::Unavailable, "the connection to the server was lost")

@@ -7,7 +7,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local member = ARGV[1]
 local alive = string.format('%.0f', now + ARGV[2]) .. '|' .. ARGV[3]
 if redis.call('HEXISTS', KEYS[1], 'm:' .. member) == 0 then
-  member = redis.call('HINCRBY', KEYS[1], 'seq', 1)
+  member = string.format('%.0f', redis.call('HINCRBY', KEYS[1], 'seq', 1))
   redis.call('HINCRBY', KEYS[1], 'gen', 1)
 end
 redis.call('HSET', KEYS[1], 'm:' .. member, alive)
@@ -35,4 +35,4 @@ for i = 1, #all, 2 do
     cursors[#cursors + 1] = {p, floor, epoch, owner}
   end
 end
-return {tostring(member), redis.call('HGET', KEYS[1], 'gen'), members, cursors}
+return {member, redis.call('HGET', KEYS[1], 'gen'), members, cursors}

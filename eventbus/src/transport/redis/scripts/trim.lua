@@ -13,7 +13,8 @@ for _, name in ipairs(redis.call('SMEMBERS', KEYS[2])) do
     gone = true
     local all = redis.call('HGETALL', group)
     for i = 1, #all, 2 do
-      if string.match(all[i], '^m:') and tonumber(string.match(all[i + 1], '^(%d+)|')) >= now then gone = false end
+      -- Long after its session: a server that was away must not end a broadcast that lives.
+      if string.match(all[i], '^m:') and tonumber(string.match(all[i + 1], '^(%d+)|')) + 60000 >= now then gone = false end
     end
     if gone then
       redis.call('SREM', KEYS[2], name)
@@ -28,23 +29,25 @@ for _, name in ipairs(redis.call('SMEMBERS', KEYS[2])) do
     if not floor_ms or ms < floor_ms or (ms == floor_ms and seq < floor_seq) then floor_ms, floor_seq = ms, seq end
   end
 end
+if limits[1] == '' and limits[2] == '' then return 0 end
 local surplus = 0
 if limits[2] ~= '' then surplus = math.max(0, redis.call('XLEN', KEYS[3]) - tonumber(limits[2])) end
 local oldest = limits[1] ~= '' and now - tonumber(limits[1]) or 0
-local part = redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', tonumber(ARGV[4]) + 1)
-local keep
-for i, entry in ipairs(part) do
-  local ms, seq = string.match(entry[1], '^(%d+)-(%d+)$')
-  ms, seq = tonumber(ms), tonumber(seq)
-  local settled = not floor_ms or ms < floor_ms or (ms == floor_ms and seq < floor_seq)
-  if i > tonumber(ARGV[4]) or not settled or (i > surplus and ms >= oldest) then keep = entry[1] break end
+-- In small parts: an entry comes with its body.
+local n, last, from = 0, nil, '-'
+while n < tonumber(ARGV[4]) do
+  local part = redis.call('XRANGE', KEYS[3], from, '+', 'COUNT', n == 0 and 1 or 16)
+  local stays = #part == 0
+  for _, entry in ipairs(part) do
+    local ms, seq = string.match(entry[1], '^(%d+)-(%d+)$')
+    ms, seq = tonumber(ms), tonumber(seq)
+    local settled = not floor_ms or ms < floor_ms or (ms == floor_ms and seq < floor_seq)
+    if not settled or (n >= surplus and ms >= oldest) then stays = true break end
+    n, last, from = n + 1, {ms, seq}, '(' .. entry[1]
+  end
+  if stays then break end
 end
-if #part == 0 or keep == part[1][1] then return 0 end
-if not keep then
-  -- Everything that is there goes.
-  local ms, seq = string.match(part[#part][1], '^(%d+)-(%d+)$')
-  keep = ms .. '-' .. string.format('%.0f', tonumber(seq) + 1)
-end
-local n = redis.call('XTRIM', KEYS[3], 'MINID', '=', keep)
-redis.call('HSET', KEYS[1], 'first:' .. ARGV[3], keep)
-return n
+if not last then return 0 end
+local first = string.format('%.0f-%.0f', last[1], last[2] + 1)
+redis.call('HSET', KEYS[1], 'first:' .. ARGV[3], first)
+return redis.call('XTRIM', KEYS[3], 'MINID', '=', first)
