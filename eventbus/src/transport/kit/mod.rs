@@ -8,4 +8,5 @@ pub(super) mod hand;
 pub(super) mod leased;
 pub(super) mod queue;
 pub(super) mod tasks;
+pub(super) mod texts;
 pub(super) mod wall;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use sqlx::pool::PoolConnection;
 use sqlx::{Connection, PgConnection, Row};
 
-use super::row::{Texts, event_columns, stored};
+use super::row::{event_columns, stored};
 use super::schema::from_sqlx;
 use super::store::Store;
 use super::{Postgres, membership, retention, topics};
@@ -15,6 +15,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::time::to_nanos;
+use crate::transport::kit::texts::Texts;
 
 impl Store {
     async fn connection(&self) -> Result<PoolConnection<sqlx::Postgres>> {

@@ -9,12 +9,13 @@ use sqlx::{PgConnection, Row};
 use tokio::sync::watch;
 
 use super::membership::{self, GroupRow, Seat};
-use super::row::{Texts, event_columns, stored};
+use super::row::{event_columns, stored};
 use super::schema::from_sqlx;
 use super::store::{LOOK_EVERY, Store};
 use crate::error::{Error, ErrorKind, Result};
 use crate::subscription::Subscription;
 use crate::transport::kit::leased::{self, Fetched, Look, Progress, Standing, Wanted};
+use crate::transport::kit::texts::Texts;
 
 #[async_trait]
 impl leased::Store for Store {

@@ -32,11 +32,6 @@ fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
 }
 
-fn process() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    format!("process {} on {}", std::process::id(), host.trim())
-}
-
 /// Enters a group of a topic, creating the group where it is missing.
 pub(super) async fn join(
     connection: &mut PgConnection,
@@ -108,7 +103,7 @@ async fn enter(connection: &mut PgConnection, group: i64, session: Duration) -> 
     )
     .bind(group)
     .bind(micros(session))
-    .bind(process())
+    .bind(leased::process())
     .fetch_one(&mut *connection)
     .await
     .map_err(from_sqlx)?;

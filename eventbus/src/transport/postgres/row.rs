@@ -10,9 +10,9 @@ use crate::envelope::Envelope;
 use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Key;
-use crate::text::Text;
 use crate::time::{from_nanos, to_nanos};
 use crate::transport::kit::leased::Stored;
+use crate::transport::kit::texts::Texts;
 use crate::transport::{Content, Undecodable};
 
 /// Stores events behind the end of their partitions, in one statement: locks the partitions in one order, gives out
@@ -117,23 +117,6 @@ macro_rules! event_columns {
     };
 }
 pub(super) use event_columns;
-
-/// Attribute texts seen in one read: neighbours mostly share source, type and content type.
-#[derive(Default)]
-pub(super) struct Texts(Vec<Text>);
-
-impl Texts {
-    fn share(&mut self, text: &str) -> Text {
-        if let Some(known) = self.0.iter().find(|known| &***known == text) {
-            return known.clone();
-        }
-        let text = Text::from(text.to_owned());
-        if self.0.len() < 8 {
-            self.0.push(text.clone());
-        }
-        text
-    }
-}
 
 /// Reads the event whose columns begin at `at`; a row that is no event is kept as it is.
 pub(super) fn stored(row: &PgRow, at: usize, texts: &mut Texts) -> Result<Stored, sqlx::Error> {

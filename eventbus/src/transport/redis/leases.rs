@@ -39,11 +39,6 @@ impl GroupKey {
     }
 }
 
-fn process() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    format!("process {} on {}", std::process::id(), host.trim())
-}
-
 fn text(number: impl ToString) -> Vec<u8> {
     number.to_string().into_bytes()
 }
@@ -248,7 +243,7 @@ impl Store {
             group.name.clone().into_bytes(),
             text(ephemeral),
             millis(self.options.session),
-            process().into_bytes(),
+            leased::process().into_bytes(),
             start.into(),
         ];
         arguments.extend(ids.into_iter().map(String::into_bytes));
@@ -260,7 +255,7 @@ impl Store {
     async fn stand_at(&self, seat: &Seat, known: &BTreeMap<u32, u32>) -> Result<Standing> {
         type Found = (String, u64, Vec<u64>, Vec<(u32, String, u32, String)>);
         let group = &seat.group;
-        let arguments = vec![text(seat.member), millis(self.options.session), process().into_bytes()];
+        let arguments = vec![text(seat.member), millis(self.options.session), leased::process().into_bytes()];
         let found: Option<Found> = self.script(script!("stand"), vec![group.key()], arguments).await?;
         let (member, generation, mut members, mut cursors) =
             found.ok_or_else(|| Error::not_found("the topic or group was deleted"))?;

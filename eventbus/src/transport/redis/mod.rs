@@ -41,13 +41,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use self::store::Store;
-use super::kit::leased::{Consumers, LeasedConsumer};
+use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
-use crate::capability::{
-    Ack, Attempts, Capabilities, Durability, Instances, Lease, Members, Ordering, Replay,
-};
+use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, ErrorKind, Result};
 use crate::subscription::Subscription;
 use crate::url::Url;
@@ -169,19 +167,9 @@ impl fmt::Debug for Redis {
 impl Transport for Redis {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            ordering: Ordering::PerKey,
-            order_members: Members::Many,
-            ack: Ack::Individual,
-            lease: Lease::Extendable,
-            attempts: Attempts::Exact,
-            delay: true,
-            dedup: None,
-            replay: Replay::OffsetAndTime,
             durability: self.store.durability,
             max_event_bytes: Some(self.store.options.max_event_bytes),
-            absent_payload: true,
-            instances: Instances::Many,
-            admin: true,
+            ..leased::CLAIMS
         }
     }
 

@@ -12,8 +12,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::header::Headers;
 use crate::id::EventId;
 use crate::name::Key;
-use crate::text::Text;
 use crate::transport::kit::leased::Stored;
+use crate::transport::kit::texts::Texts;
 use crate::transport::{Content, Undecodable};
 
 /// The columns in the order [`stored`] reads them.
@@ -141,23 +141,6 @@ pub(super) fn read(
         found.push(row);
     }
     Ok(found)
-}
-
-/// Attribute texts seen in one read: neighbours mostly share source, type and content type.
-#[derive(Default)]
-struct Texts(Vec<Text>);
-
-impl Texts {
-    fn share(&mut self, text: &str) -> Text {
-        if let Some(known) = self.0.iter().find(|known| &***known == text) {
-            return known.clone();
-        }
-        let text = Text::from(text.to_owned());
-        if self.0.len() < 8 {
-            self.0.push(text.clone());
-        }
-        text
-    }
 }
 
 fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<Stored> {

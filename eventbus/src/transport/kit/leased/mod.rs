@@ -18,6 +18,7 @@ use tokio::sync::watch;
 pub(in crate::transport) use self::consumer::{Consumers, LeasedConsumer};
 use super::assign;
 use super::cursor::Past;
+use crate::capability::{Ack, Attempts, Capabilities, Instances, Lease, Members, Ordering, Replay};
 use crate::error::Result;
 use crate::subscription::Subscription;
 use crate::transport::delivery::Content;
@@ -200,6 +201,27 @@ pub(in crate::transport) fn steps(
     };
     (shares.iter().zip(targets).map(step).collect(), lost)
 }
+
+/// How a member's process is called where operators see it.
+pub(in crate::transport) fn process() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("process {} on {}", std::process::id(), host.trim())
+}
+
+/// What every transport over a [`Store`] claims; durability and the largest event are its own.
+pub(in crate::transport) const CLAIMS: Capabilities = Capabilities {
+    ordering: Ordering::PerKey,
+    order_members: Members::Many,
+    ack: Ack::Individual,
+    lease: Lease::Extendable,
+    attempts: Attempts::Exact,
+    delay: true,
+    replay: Replay::OffsetAndTime,
+    absent_payload: true,
+    instances: Instances::Many,
+    admin: true,
+    ..Capabilities::NONE
+};
 
 #[cfg(test)]
 mod tests {
