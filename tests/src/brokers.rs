@@ -20,8 +20,13 @@ fn address(kind: Kind, url: &str) -> String {
 
 /// A transport on a broker that is shared with other tests, with the hooks that disturb nobody.
 pub fn shared(kind: Kind, child: &'static str) -> Subject {
+    shared_with(kind, "", child)
+}
+
+/// The same with options of its own: `&protocol=consumer`, for one.
+pub fn shared_with(kind: Kind, options: &str, child: &'static str) -> Subject {
     // A missing broker fails every case, with the reason.
-    let url = brokers::url(kind).map(|url| address(kind, &url));
+    let url = brokers::url(kind).map(|url| address(kind, &url) + options);
     with_raw(subject(kind, url.clone(), child), kind, url)
 }
 

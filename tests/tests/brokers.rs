@@ -14,40 +14,55 @@ eventbus::conformance!(kafka, brokers::shared(Kind::Kafka, CHILD));
 eventbus::conformance!(redis, brokers::shared(Kind::Redis, CHILD));
 eventbus::conformance!(valkey, brokers::shared(Kind::Valkey, CHILD));
 
-/// The cases that disturb a broker, each on one of its own.
-macro_rules! disturbing {
-    ($($broker:ident $kind:ident [$($id:ident $name:ident)*])*) => {$(
-        mod $broker {
+/// Cases by name, on a subject that is not tested with all of them.
+macro_rules! cases {
+    ($($name_of:ident $subject:expr => [$($id:ident $name:ident)*])*) => {$(
+        mod $name_of {
             use super::*;
             $(
                 #[test]
                 fn $name() {
-                    run_as_test(stringify!($id), || brokers::own(Kind::$kind, CHILD));
+                    run_as_test(stringify!($id), || $subject);
                 }
             )*
         }
     )*};
 }
 
-disturbing! {
-    postgres_own Postgres [
+// The cases that disturb a broker, each on one of its own.
+cases! {
+    postgres_own brokers::own(Kind::Postgres, CHILD) => [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart
     ]
-    kafka_own Kafka [
+    kafka_own brokers::own(Kind::Kafka, CHILD) => [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart
     ]
-    redis_own Redis [
+    redis_own brokers::own(Kind::Redis, CHILD) => [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart
     ]
-    valkey_own Valkey [
+    valkey_own brokers::own(Kind::Valkey, CHILD) => [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart
+    ]
+}
+
+// What changes when the broker assigns the partitions (KIP-848): members that come, go and die.
+cases! {
+    kafka_assigned brokers::shared_with(Kind::Kafka, "&protocol=consumer", CHILD) => [
+        S2 members_share_the_work
+        S3 group_position_survives_reopen
+        S5 leaver_hands_over_unsettled
+        S8 subscribe_returns_ready
+        C2 dropped_consumer_loses_nothing
+        C22 reopen_rounds_lose_nothing
+        O5 a_key_has_one_owner
+        D4 killed_consumer_loses_nothing
     ]
 }

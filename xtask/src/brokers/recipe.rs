@@ -263,6 +263,9 @@ transaction.state.log.num.partitions=4
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=100
 group.consumer.min.session.timeout.ms=100
+group.consumer.session.timeout.ms=2000
+group.consumer.min.heartbeat.interval.ms=100
+group.consumer.heartbeat.interval.ms=200
 log.retention.check.interval.ms=1000
 ",
             data.display()

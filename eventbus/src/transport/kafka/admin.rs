@@ -219,6 +219,8 @@ impl Client {
                             break Ok(());
                         }
                     }
+                    // One of the range that this reader read before may still be on its way.
+                    Some(Err(KafkaError::PartitionEOF(ended))) if ended != partition.0 as i32 => {}
                     Some(Err(KafkaError::PartitionEOF(_))) => break Ok(()),
                     Some(Err(error)) if from_kafka(error.clone()).is_retryable() => {}
                     Some(Err(error)) => break Err(from_kafka(error)),

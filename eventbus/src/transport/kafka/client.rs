@@ -331,10 +331,9 @@ impl Client {
         done.elements().iter().try_for_each(|element| element.error().map_err(from_kafka))
     }
 
-    pub(super) async fn close(self: &Arc<Self>) {
-        if !self.closed.swap(true, Atomic::AcqRel) {
-            self.producing.flush().await;
-        }
+    /// Takes no more work.
+    pub(super) fn close(&self) {
+        self.closed.store(true, Atomic::Release);
     }
 }
 
@@ -408,6 +407,7 @@ pub(super) fn of_code(code: Code) -> (ErrorKind, &'static str) {
         | Code::NotCoordinator
         | Code::RebalanceInProgress
         | Code::IllegalGeneration
+        | Code::StaleMemberEpoch
         | Code::WaitingForCoordinator
         | Code::BrokerNotAvailable
         | Code::NetworkException

@@ -1,5 +1,6 @@
 //! One member of a group, or one broadcast instance.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -88,6 +89,8 @@ impl KafkaConsumer {
         });
         let consumer = joining.await.map_err(interrupted)??;
         consumer.member.is_in().await;
+        // Closed meanwhile: this member would be nobody's.
+        consumer.member.open()?;
         Ok(consumer)
     }
 
@@ -128,7 +131,7 @@ fn join(
         let consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(from_kafka)?;
         consumer.assign(&starts).map_err(from_kafka)?;
         let all: Vec<u32> = (0..n_partitions).collect();
-        shared.hold.lock().gain(&all);
+        shared.hold.lock().gain(&all, &BTreeMap::new());
         shared.is_in.store(true, Atomic::Release);
         return Ok((Arc::new(consumer), shared));
     }
@@ -157,7 +160,8 @@ fn begin(
     let known = outside.committed_offsets(asked, client.options.timeout).map_err(from_kafka)?;
     let is_new = |partition: i32| {
         let found = known.find_partition(topic.as_str(), partition);
-        found.is_none_or(|found| !matches!(found.offset(), KafkaOffset::Offset(_)))
+        // An error of one partition is not "no position": it is left to the assignment.
+        found.is_some_and(|found| found.error().is_ok() && !matches!(found.offset(), KafkaOffset::Offset(_)))
     };
     let starts = starts(client, topic, n_partitions, start)?;
     let mut begins = TopicPartitionList::new();
@@ -294,7 +298,7 @@ impl Member {
                     Err(error)
                         if matches!(
                             error.rdkafka_error_code(),
-                            Some(Code::UnknownMemberId | Code::FencedInstanceId | Code::StaleMemberEpoch)
+                            Some(Code::UnknownMemberId | Code::FencedInstanceId)
                         ) =>
                     {
                         let gone: Vec<u32> = floors.iter().map(|floor| floor.partition).collect();

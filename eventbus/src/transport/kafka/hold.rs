@@ -36,6 +36,8 @@ pub(super) enum News {
 
 struct Owned {
     epoch: u32,
+    /// Where the group begins, until that is committed.
+    start: Option<i64>,
     /// `None` until the first event shows where reading began.
     cursor: Option<Cursor>,
     ahead: VecDeque<Stored>,
@@ -70,12 +72,14 @@ impl Hold {
         }
     }
 
-    pub(super) fn gain(&mut self, partitions: &[u32]) {
+    /// Takes partitions; `starts` are where the group begins in those that it has no position in.
+    pub(super) fn gain(&mut self, partitions: &[u32], starts: &BTreeMap<u32, i64>) {
         for partition in partitions {
             self.forget(*partition);
             self.next_epoch = self.next_epoch.wrapping_add(1);
             let owned = Owned {
                 epoch: self.next_epoch,
+                start: starts.get(partition).copied(),
                 cursor: None,
                 ahead: VecDeque::new(),
                 revoke_at: None,
@@ -130,6 +134,21 @@ impl Hold {
         self.owned.contains_key(&partition)
     }
 
+    /// Where the group begins in partitions of ours: to be committed before anything of them is handed out, or an
+    /// event that was handed out would be passed over by a later member that begins at the end.
+    pub(super) fn starts(&self) -> Vec<(u32, i64)> {
+        self.owned.iter().filter_map(|(partition, owned)| Some((*partition, owned.start?))).collect()
+    }
+
+    /// Notes that these starts are committed.
+    pub(super) fn begun(&mut self, starts: &[(u32, i64)]) {
+        for (partition, _) in starts {
+            if let Some(owned) = self.owned.get_mut(partition) {
+                owned.start = None;
+            }
+        }
+    }
+
     /// What is held, with the offset that is due next where that is known.
     pub(super) fn positions(&self) -> Vec<(u32, Option<u64>)> {
         self.owned
@@ -160,9 +179,12 @@ impl Hold {
     /// Notes that events below `first` were removed unread.
     pub(super) fn jump(&mut self, partition: u32, first: u64, error: Error) {
         if let Some(owned) = self.owned.get_mut(&partition) {
-            match &mut owned.cursor {
-                Some(cursor) => drop(cursor.jump(first)),
-                None => owned.cursor = Some(Cursor::new(self.order, first)),
+            // What is read ahead comes before the hole.
+            if owned.ahead.is_empty() {
+                match &mut owned.cursor {
+                    Some(cursor) => drop(cursor.jump(first)),
+                    None => owned.cursor = Some(Cursor::new(self.order, first)),
+                }
             }
             self.news.push_back(News::Failed(error));
         }
@@ -174,7 +196,7 @@ impl Hold {
         let mut deliveries = Vec::new();
         let Self { owned, hand, order, n_ahead, bytes_ahead, .. } = self;
         for (partition, owned) in owned {
-            if owned.revoke_at.is_some() {
+            if owned.revoke_at.is_some() || owned.start.is_some() {
                 continue;
             }
             let Owned { cursor, ahead, epoch, committed, .. } = owned;

@@ -245,12 +245,16 @@ impl Transport for Kafka {
     }
 
     async fn close(&self) -> Result<()> {
-        let open: Vec<_> =
-            self.consumers.lock().drain(..).filter_map(|consumer| consumer.upgrade()).collect();
-        for consumer in open {
-            consumer.leave().await;
-        }
-        self.client.close().await;
-        Ok(())
+        self.client.close();
+        // On a task of its own: a caller who goes away does not end it, and one who comes again waits for it too.
+        let (client, consumers) = (self.client.clone(), self.consumers.clone());
+        let closing = tokio::spawn(async move {
+            let open: Vec<_> = consumers.lock().iter().filter_map(std::sync::Weak::upgrade).collect();
+            for consumer in open {
+                consumer.leave().await;
+            }
+            client.producing.flush().await;
+        });
+        closing.await.map_err(client::interrupted)
     }
 }

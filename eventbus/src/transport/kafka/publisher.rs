@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::{Mutex, RwLock};
@@ -11,7 +12,7 @@ use rdkafka::ClientConfig;
 use rdkafka::Message as _;
 use rdkafka::client::ClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
 use tokio::sync::watch;
 
 use super::Options;
@@ -32,7 +33,8 @@ const OVERHEAD: usize = 16 << 10;
 /// The producer of a transport value, which all its publishers share.
 pub(super) struct Producing {
     config: ClientConfig,
-    producer: RwLock<ThreadedProducer<Reports>>,
+    producer: RwLock<Arc<ThreadedProducer<Reports>>>,
+    delivery_timeout: Duration,
     room: Room,
     /// Held while a batch goes to the client's queue, so that batches do not mix.
     sending: Mutex<()>,
@@ -124,8 +126,7 @@ impl Reports {
         }
         let (kind, message) = match of_code(code) {
             known @ (ErrorKind::NotFound | ErrorKind::TooLarge | ErrorKind::Unauthorized, _) => known,
-            // It never left the client.
-            _ if code == Code::PurgeQueue => (ErrorKind::Closed, "the publisher was closed"),
+            // Also what the client gave up: it may have been sent before.
             _ => (ErrorKind::Unknown, "the broker did not confirm"),
         };
         Error::new(kind, message).caused_by(error.clone())
@@ -149,8 +150,16 @@ impl Producing {
             .set("queue.buffering.max.messages", "200000")
             .set("queue.buffering.max.kbytes", "262144");
         let books = Arc::new(Books { ends, ..Books::default() });
-        let producer = RwLock::new(create(&config, &books)?);
-        Ok(Self { config, producer, room: Room::default(), sending: Mutex::default(), books })
+        let producer = RwLock::new(Arc::new(create(&config, &books)?));
+        let delivery_timeout = options.delivery_timeout;
+        Ok(Self {
+            config,
+            producer,
+            delivery_timeout,
+            room: Room::default(),
+            sending: Mutex::default(),
+            books,
+        })
     }
 
     /// Waits until everything that was accepted before is answered.
@@ -173,7 +182,7 @@ impl Producing {
         let _one_at_a_time = self.sending.lock();
         if self.books.is_fatal.swap(false, Atomic::AcqRel) {
             match create(&self.config, &self.books) {
-                Ok(producer) => *self.producer.write() = producer,
+                Ok(producer) => *self.producer.write() = Arc::new(producer),
                 Err(error) => {
                     self.books.is_fatal.store(true, Atomic::Release);
                     return queued.fail(&error);
@@ -219,8 +228,31 @@ impl Producing {
             }
             if let Err((error, _)) = producer.send(record) {
                 held.extend(event.key().cloned());
-                pending.report(at, Err(from_kafka(error)));
+                if error.rdkafka_error_code() == Some(Code::Fatal) {
+                    self.books.is_fatal.store(true, Atomic::Release);
+                    let error =
+                        Error::new(ErrorKind::Unavailable, "the producer is made anew").caused_by(error);
+                    pending.report(at, Err(error));
+                } else {
+                    pending.report(at, Err(from_kafka(error)));
+                }
             }
+        }
+    }
+}
+
+impl Drop for Producing {
+    /// What was accepted is still sent, on a thread of its own: to let go of a producer blocks, and drops its queue.
+    fn drop(&mut self) {
+        let (producer, within) = (self.producer.get_mut().clone(), self.delivery_timeout);
+        let last = std::thread::Builder::new().name("eventbus-kafka-last".to_owned());
+        let sent = last.spawn(move || {
+            if let Err(error) = producer.flush(within) {
+                tracing::warn!(%error, "a Kafka producer was dropped before all was sent");
+            }
+        });
+        if let Err(error) = sent {
+            tracing::warn!(%error, "a Kafka producer was dropped, and no thread could be had to send the rest");
         }
     }
 }
@@ -228,11 +260,13 @@ impl Producing {
 pub(super) struct KafkaPublisher {
     client: Arc<Client>,
     closed: AtomicBool,
+    /// Calls are accepted one after another, in the order they were made, also while a topic is looked up.
+    accepting: tokio::sync::Mutex<()>,
 }
 
 impl KafkaPublisher {
     pub(super) fn new(client: Arc<Client>) -> Self {
-        Self { client, closed: AtomicBool::new(false) }
+        Self { client, closed: AtomicBool::new(false), accepting: tokio::sync::Mutex::default() }
     }
 
     fn open(&self) -> Result<()> {
@@ -252,6 +286,7 @@ impl Publisher for KafkaPublisher {
     async fn enqueue(&self, topic: &Topic, batch: Vec<Envelope>) -> Result<Confirm> {
         let (client, max_event_bytes) = (&self.client, self.client.options.max_event_bytes);
         self.open()?;
+        let _in_turn = self.accepting.lock().await;
         let found = client.partitions(topic).await;
         let (queued, confirm) =
             client.producing.room.accept(topic, batch, max_event_bytes, || self.open()).await?;

@@ -1,7 +1,7 @@
 //! The thread of one member: it polls all the time, so that the group never takes the member for dead, reads ahead up
 //! to a bound, and gives partitions up when they are drained.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant as StdInstant};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant as StdInstant};
 use parking_lot::Mutex;
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
 use rdkafka::types::RDKafkaRespErr;
 use rdkafka::{Message as _, Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::Notify;
@@ -27,6 +27,10 @@ const MAX_AHEAD: usize = 4096;
 const MAX_BYTES_AHEAD: usize = 16 << 20;
 /// Longest wait for an event, and so for a partition to be given up.
 const WAIT: Duration = Duration::from_millis(25);
+/// When a look at a group's positions that failed is tried again.
+const PIN_AGAIN: Duration = Duration::from_millis(100);
+/// When a hole that could not be passed is looked at again.
+const HOLE_AGAIN: Duration = Duration::from_millis(500);
 /// How often an unreachable cluster is reported.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
@@ -43,8 +47,10 @@ pub(super) struct Shared {
     pub(super) is_in: AtomicBool,
     /// Where the group begins in partitions that it has no position in, as it was when this member subscribed.
     starts: Mutex<BTreeMap<u32, i64>>,
-    /// Positions in which the group begins with this member: to be committed.
-    begun: Mutex<Option<TopicPartitionList>>,
+    /// Whether there was an assignment, be it of nothing.
+    is_assigned: AtomicBool,
+    /// Whether partitions came that do not know whether reading is paused.
+    is_changed: AtomicBool,
     timeout: Duration,
 }
 
@@ -58,7 +64,8 @@ impl Shared {
             is_closing: AtomicBool::new(false),
             is_in: AtomicBool::new(false),
             starts: Mutex::default(),
-            begun: Mutex::default(),
+            is_assigned: AtomicBool::new(false),
+            is_changed: AtomicBool::new(false),
             timeout,
         })
     }
@@ -68,46 +75,79 @@ impl Shared {
     }
 
     /// Gives partitions that the group has no position in the one that was the start when this member subscribed:
-    /// a group that has members through another topic takes no position from outside. Returns those.
+    /// a group that has members through another topic takes no position from outside. Partitions that were added
+    /// since begin at their beginning. Returns those starts.
     fn pin(
         &self,
         consumer: &BaseConsumer<Context>,
         tpl: &mut TopicPartitionList,
-    ) -> Result<TopicPartitionList> {
-        let mut begun = TopicPartitionList::new();
+    ) -> Result<BTreeMap<u32, i64>> {
+        let mut begun = BTreeMap::new();
         if tpl.count() == 0 {
             return Ok(begun);
         }
         let known = consumer.committed_offsets(tpl.clone(), self.timeout).map_err(from_kafka)?;
         let starts = self.starts.lock();
         for element in known.elements() {
+            element.error().map_err(from_kafka)?;
             if matches!(element.offset(), KafkaOffset::Offset(_)) {
                 continue;
             }
-            let (partition, topic) = (element.partition(), self.topic.as_str());
-            let Some(start) = starts.get(&partition.unsigned_abs()) else { continue };
-            let start = KafkaOffset::Offset(*start);
-            tpl.set_partition_offset(topic, partition, start).map_err(from_kafka)?;
-            begun.add_partition_offset(topic, partition, start).map_err(from_kafka)?;
+            let partition = element.partition();
+            let start = starts.get(&partition.unsigned_abs()).copied().unwrap_or(0);
+            tpl.set_partition_offset(self.topic.as_str(), partition, KafkaOffset::Offset(start))
+                .map_err(from_kafka)?;
+            begun.insert(partition.unsigned_abs(), start);
         }
         Ok(begun)
     }
 
-    /// Commits where the group begins; then the member is in.
-    fn begin(&self, consumer: &BaseConsumer<Context>) {
-        let Some(begun) = self.begun.lock().take() else { return };
-        if begun.count() > 0
-            && let Err(error) = consumer.commit(&begun, CommitMode::Sync)
-        {
-            // The group is changing: the next assignment, or the next turn, does it.
-            tracing::debug!(%error, topic = %self.topic, "where a group begins could not be committed yet");
-            let mut next = self.begun.lock();
-            if next.is_none() && !consumer.assignment_lost() {
-                *next = Some(begun);
+    /// Pins until that is done, or the member goes: the client waits for the answer to an assignment, and asks
+    /// only once.
+    fn pin_at_last(
+        &self,
+        consumer: &BaseConsumer<Context>,
+        tpl: &mut TopicPartitionList,
+    ) -> BTreeMap<u32, i64> {
+        let mut is_reported = false;
+        loop {
+            match self.pin(consumer, tpl) {
+                Ok(begun) => return begun,
+                Err(_) if self.is_closing.load(Atomic::Acquire) => return BTreeMap::new(),
+                Err(error) if !is_reported => {
+                    is_reported = true;
+                    self.fail(error.with("topic", &self.topic));
+                }
+                Err(_) => {}
             }
-            return;
+            std::thread::sleep(PIN_AGAIN);
         }
-        self.is_in.store(true, Atomic::Release);
+    }
+
+    /// Commits where the group begins in partitions of ours; then the member is in.
+    fn begin(&self, consumer: &BaseConsumer<Context>) {
+        let starts = self.hold.lock().starts();
+        if !starts.is_empty() {
+            if let Err(error) = self.commit_starts(consumer, &starts) {
+                // The group is changing: the next turn does it, if the partitions are ours then.
+                tracing::debug!(%error, topic = %self.topic, "where a group begins could not be committed yet");
+                return;
+            }
+            self.hold.lock().begun(&starts);
+            self.wake.notify_one();
+        }
+        if self.is_assigned.load(Atomic::Acquire) {
+            self.is_in.store(true, Atomic::Release);
+        }
+    }
+
+    fn commit_starts(&self, consumer: &BaseConsumer<Context>, starts: &[(u32, i64)]) -> KafkaResult<()> {
+        let mut positions = TopicPartitionList::with_capacity(starts.len());
+        for (partition, start) in starts {
+            let at = KafkaOffset::Offset(*start);
+            positions.add_partition_offset(self.topic.as_str(), *partition as i32, at)?;
+        }
+        consumer.commit(&positions, CommitMode::Sync)
     }
 
     fn fail(&self, error: Error) {
@@ -139,19 +179,19 @@ impl ConsumerContext for Context {
         let partitions = numbers(tpl);
         match error {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
-                let begun = match shared.pin(consumer, tpl) {
-                    Ok(begun) => begun,
-                    Err(error) => return shared.fail(error),
-                };
+                let begun = shared.pin_at_last(consumer, tpl);
                 let assigned = match consumer.rebalance_protocol() {
                     RebalanceProtocol::Cooperative => consumer.incremental_assign(tpl),
                     _ => consumer.assign(tpl),
                 };
-                match assigned {
-                    Ok(()) => shared.hold.lock().gain(&partitions),
-                    Err(error) => return shared.fail(from_kafka(error)),
+                if let Err(error) = assigned {
+                    // The client waits for an answer, whatever it is.
+                    unassign(consumer, tpl);
+                    return shared.fail(from_kafka(error));
                 }
-                *shared.begun.lock() = Some(begun);
+                shared.hold.lock().gain(&partitions, &begun);
+                shared.is_assigned.store(true, Atomic::Release);
+                shared.is_changed.store(true, Atomic::Release);
             }
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS => {
                 if shared.is_closing.load(Atomic::Acquire) || consumer.assignment_lost() {
@@ -187,7 +227,7 @@ fn unassign(consumer: &BaseConsumer<Context>, partitions: &TopicPartitionList) {
 
 /// Polls until the member goes, then leaves the group.
 pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
-    let mut is_paused = false;
+    let (mut paused, mut hole) = (Paused::default(), None::<StdInstant>);
     let mut reported: Option<StdInstant> = None;
     while !shared.is_closing.load(Atomic::Acquire) {
         match consumer.poll(WAIT) {
@@ -198,25 +238,18 @@ pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
                 drop(message);
                 shared.wake.notify_one();
             }
-            Some(Err(error)) => react(consumer, shared, error, &mut reported),
+            Some(Err(error)) => {
+                let has_hole = react(shared, error, &mut reported);
+                hole = hole.or(has_hole.then(StdInstant::now));
+            }
         }
         shared.begin(consumer);
         give_up_drained(consumer, shared);
-        let (n_ahead, bytes_ahead) = {
-            let hold = shared.hold.lock();
-            (hold.n_ahead, hold.bytes_ahead)
-        };
-        let is_full = n_ahead >= MAX_AHEAD || bytes_ahead >= MAX_BYTES_AHEAD;
-        let has_room = n_ahead < MAX_AHEAD / 2 && bytes_ahead < MAX_BYTES_AHEAD / 2;
-        if (is_full && !is_paused) || (has_room && is_paused) {
-            is_paused = is_full;
-            let all = consumer.assignment();
-            let changed =
-                all.and_then(|all| if is_full { consumer.pause(&all) } else { consumer.resume(&all) });
-            if let Err(error) = changed {
-                tracing::debug!(%error, "reading ahead could not be paused or resumed");
-            }
+        // Not while the client waits for partitions to be given up: it would take this for the answer.
+        if hole.is_some_and(|due| due <= StdInstant::now()) && shared.leaving.lock().is_empty() {
+            hole = (!pass_holes(consumer, shared)).then(|| StdInstant::now() + HOLE_AGAIN);
         }
+        paused.keep(consumer, shared);
     }
     // What the client waits for would keep it from leaving.
     let leaving = std::mem::take(&mut *shared.leaving.lock());
@@ -224,6 +257,61 @@ pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
         give_up(consumer, shared, leaving.keys());
     }
     consumer.unsubscribe();
+}
+
+/// Whether reading pauses, and the partitions that were told so: the client keeps that for each, also while it is away.
+#[derive(Default)]
+struct Paused {
+    is_on: bool,
+    partitions: BTreeSet<i32>,
+}
+
+impl Paused {
+    /// Pauses when enough is read ahead, and goes on when half of it is gone; tells those that do not know.
+    fn keep(&mut self, consumer: &BaseConsumer<Context>, shared: &Shared) {
+        let (n_ahead, bytes_ahead) = {
+            let hold = shared.hold.lock();
+            (hold.n_ahead, hold.bytes_ahead)
+        };
+        let is_full = n_ahead >= MAX_AHEAD || bytes_ahead >= MAX_BYTES_AHEAD;
+        let has_room = n_ahead < MAX_AHEAD / 2 && bytes_ahead < MAX_BYTES_AHEAD / 2;
+        let is_on = is_full || (self.is_on && !has_room);
+        let is_changed = shared.is_changed.swap(false, Atomic::AcqRel);
+        if is_on == self.is_on && !is_changed {
+            return;
+        }
+        self.is_on = is_on;
+        if let Err(error) = self.tell(consumer, shared.topic.as_str()) {
+            shared.is_changed.store(true, Atomic::Release);
+            tracing::debug!(%error, "reading ahead could not be paused or resumed; trying again");
+        }
+    }
+
+    /// Not those that know: to resume one that has no position yet would ask the client to find one.
+    fn tell(&mut self, consumer: &BaseConsumer<Context>, topic: &str) -> KafkaResult<()> {
+        let assigned = consumer.assignment()?;
+        let told: Vec<i32> = assigned
+            .elements_for_topic(topic)
+            .iter()
+            .map(|element| element.partition())
+            .filter(|partition| self.partitions.contains(partition) != self.is_on)
+            .collect();
+        if told.is_empty() {
+            return Ok(());
+        }
+        let mut list = TopicPartitionList::with_capacity(told.len());
+        for partition in &told {
+            list.add_partition(topic, *partition);
+        }
+        if self.is_on {
+            consumer.pause(&list)?;
+            self.partitions.extend(told);
+        } else {
+            consumer.resume(&list)?;
+            self.partitions.retain(|partition| !told.contains(partition));
+        }
+        Ok(())
+    }
 }
 
 fn give_up<'a>(consumer: &BaseConsumer<Context>, shared: &Shared, leaving: impl Iterator<Item = &'a u32>) {
@@ -256,17 +344,15 @@ fn give_up_drained(consumer: &BaseConsumer<Context>, shared: &Shared) {
     shared.wake.notify_one();
 }
 
-fn react(
-    consumer: &BaseConsumer<Context>,
-    shared: &Shared,
-    error: KafkaError,
-    reported: &mut Option<StdInstant>,
-) {
+/// Reports an error; true if a partition has no position to be read from, and so is not read.
+fn react(shared: &Shared, error: KafkaError, reported: &mut Option<StdInstant>) -> bool {
     match error.rdkafka_error_code() {
         Some(Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition) => {
             shared.fail(missing(&shared.topic));
+            false
         }
-        Some(Code::AutoOffsetReset | Code::OffsetOutOfRange | Code::NoOffset) => pass_hole(consumer, shared),
+        // Said once for a partition: what is not mended now is mended in a later turn.
+        Some(Code::AutoOffsetReset | Code::OffsetOutOfRange | Code::NoOffset | Code::LogTruncation) => true,
         _ => {
             let error = from_kafka(error);
             let is_due = reported.is_none_or(|last| last.elapsed() >= REPORT_EVERY);
@@ -274,43 +360,86 @@ fn react(
                 *reported = Some(StdInstant::now());
                 shared.fail(error.with("topic", &shared.topic));
             }
+            false
         }
     }
 }
 
-/// Finds the partitions whose events were removed unread, says so, and reads on behind the hole.
-fn pass_hole(consumer: &BaseConsumer<Context>, shared: &Shared) {
-    let topic = shared.topic.as_str();
+/// Looks at every partition of ours, and reads those on whose position is not in the log any more. False if it is to
+/// be repeated: at the first that gives no answer, as the others would wait as long.
+fn pass_holes(consumer: &BaseConsumer<Context>, shared: &Shared) -> bool {
     let positions = shared.hold.lock().positions();
     for (partition, next) in positions {
-        let number = partition as i32;
-        let Ok((low, _)) = consumer.fetch_watermarks(topic, number, shared.timeout) else { continue };
-        let expected = match next {
-            Some(next) => Some(next),
-            None => {
-                let mut asked = TopicPartitionList::new();
-                asked.add_partition(topic, number);
-                let committed = consumer.committed_offsets(asked, shared.timeout).ok();
-                committed.and_then(|found| match found.find_partition(topic, number)?.offset() {
-                    KafkaOffset::Offset(offset) => Some(offset.unsigned_abs()),
-                    _ => None,
-                })
+        match pass_hole(consumer, shared, partition, next) {
+            Ok(()) => {}
+            // Polling says that too.
+            Err(error) if error.kind() == ErrorKind::NotFound => return true,
+            Err(error) => {
+                tracing::debug!(%error, partition, "a hole could not be passed yet");
+                return false;
             }
-        };
-        let (first, Some(expected)) = (low.unsigned_abs(), expected) else { continue };
-        if expected >= first {
-            continue;
         }
-        if let Err(error) = read_from(consumer, topic, number, low) {
-            shared.fail(error.with("topic", topic).with("partition", partition));
-            continue;
+    }
+    true
+}
+
+/// Reads a partition on if its next position lies outside of the log, and says what that means.
+fn pass_hole(
+    consumer: &BaseConsumer<Context>,
+    shared: &Shared,
+    partition: u32,
+    next: Option<u64>,
+) -> Result<()> {
+    let (topic, number) = (shared.topic.as_str(), partition as i32);
+    let (low, high) = consumer.fetch_watermarks(topic, number, shared.timeout).map_err(from_kafka)?;
+    let committed = || -> Result<Option<u64>> {
+        let mut asked = TopicPartitionList::new();
+        asked.add_partition(topic, number);
+        let found = consumer.committed_offsets(asked, shared.timeout).map_err(from_kafka)?;
+        Ok(found.find_partition(topic, number).and_then(|element| match element.offset() {
+            KafkaOffset::Offset(offset) => Some(offset.unsigned_abs()),
+            _ => None,
+        }))
+    };
+    let start = || shared.starts.lock().get(&partition).map(|start| start.unsigned_abs());
+    let expected = match next {
+        Some(next) => Some(next),
+        None => committed()?.or_else(start),
+    };
+    let (first, end) = (low.unsigned_abs(), high.unsigned_abs());
+    match expected {
+        Some(expected) if (first..=end).contains(&expected) => Ok(()),
+        // There never was a position: nothing is lost.
+        None => read_from(consumer, topic, number, low),
+        Some(expected) if expected < first => {
+            read_from(consumer, topic, number, low)?;
+            let kind = ErrorKind::DataLoss { expected: Offset(expected), first: Offset(first) };
+            let error = Error::new(kind, "events were removed before this group read them")
+                .with("topic", topic)
+                .with("partition", partition);
+            shared.hold.lock().jump(partition, first, error);
+            shared.wake.notify_one();
+            Ok(())
         }
-        let kind = ErrorKind::DataLoss { expected: Offset(expected), first: Offset(first) };
-        let error = Error::new(kind, "events were removed before this group read them")
-            .with("topic", topic)
-            .with("partition", partition);
-        shared.hold.lock().jump(partition, first, error);
-        shared.wake.notify_one();
+        Some(expected) => {
+            read_from(consumer, topic, number, high)?;
+            {
+                let mut hold = shared.hold.lock();
+                hold.lose(&[partition]);
+                hold.gain(&[partition], &BTreeMap::new());
+            }
+            shared.fail(
+                Error::new(
+                    ErrorKind::Corrupt,
+                    "the log ends before the group's position: it was cut, or is another",
+                )
+                .with("topic", topic)
+                .with("partition", partition)
+                .with("position", expected)
+                .with("end", end),
+            );
+            Ok(())
+        }
     }
 }
 
