@@ -96,6 +96,7 @@ fn with_raw(subject: Subject, kind: Kind, url: std::result::Result<String, Strin
             match kind {
                 Kind::Postgres => postgres(&url.map_err(missing)?, &topic, content).await,
                 Kind::Redis | Kind::Valkey => redis(&url.map_err(missing)?, &topic, content).await,
+                Kind::Nats => nats(&url.map_err(missing)?, &topic, content).await,
                 Kind::Kafka => kafka(&url.map_err(missing)?, &topic, content).await,
                 _ => Err(missing(format!("no way to put raw bytes into {kind}"))),
             }
@@ -160,4 +161,37 @@ async fn kafka(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
     }
     let sent = producer.send(record, std::time::Duration::from_secs(5)).await;
     sent.map(drop).map_err(|(error, _)| failed(error))
+}
+
+/// Publishes a message as a foreign program would, without waiting for more than that it is stored.
+async fn nats(url: &str, topic: &Topic, content: Undecodable) -> Result<()> {
+    let failed = |error: async_nats::Error| Error::new(ErrorKind::Unexpected, "raw message").caused_by(error);
+    let place = url.split('?').next().unwrap_or_default();
+    // The client takes no user from an address that is a plain text.
+    let place: async_nats::ServerAddr =
+        place.parse().map_err(|error: std::io::Error| failed(error.into()))?;
+    let options = async_nats::ConnectOptions::new().user_and_password(
+        place.username().unwrap_or_default().to_owned(),
+        place.password().unwrap_or_default().to_owned(),
+    );
+    let client = options.connect(place).await.map_err(|error| failed(error.into()))?;
+    let mut headers = async_nats::HeaderMap::new();
+    for (name, value) in &content.headers {
+        // What is no text has no header in NATS.
+        let (Ok(name), Ok(value)) = (
+            name.parse::<async_nats::HeaderName>(),
+            String::from_utf8_lossy(value).parse::<async_nats::HeaderValue>(),
+        ) else {
+            continue;
+        };
+        headers.append(name, value);
+    }
+    if content.raw.is_none() {
+        headers.append("evt-nodata", "1");
+    }
+    let subject = format!("evt.{topic}.0");
+    let stream = async_nats::jetstream::new(client);
+    let sent = stream.publish_with_headers(subject, headers, content.raw.unwrap_or_default()).await;
+    let stored = sent.map_err(|error| failed(error.into()))?.await;
+    stored.map(drop).map_err(|error| failed(error.into()))
 }

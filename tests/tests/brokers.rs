@@ -11,6 +11,7 @@ const CHILD: &str = env!("CARGO_BIN_EXE_child");
 
 eventbus::conformance!(postgres, brokers::shared(Kind::Postgres, CHILD));
 eventbus::conformance!(kafka, brokers::shared(Kind::Kafka, CHILD));
+eventbus::conformance!(nats, brokers::shared(Kind::Nats, CHILD));
 eventbus::conformance!(redis, brokers::shared(Kind::Redis, CHILD));
 eventbus::conformance!(valkey, brokers::shared(Kind::Valkey, CHILD));
 
@@ -37,6 +38,11 @@ cases! {
         D3 consumer_resumes_after_restart
     ]
     kafka_own brokers::own(Kind::Kafka, CHILD) => [
+        P18 lost_ack_is_unknown
+        D2 confirmed_survives_restart
+        D3 consumer_resumes_after_restart
+    ]
+    nats_own brokers::own(Kind::Nats, CHILD) => [
         P18 lost_ack_is_unknown
         D2 confirmed_survives_restart
         D3 consumer_resumes_after_restart

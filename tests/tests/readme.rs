@@ -57,6 +57,7 @@ async fn the_table_of_transports_is_true() {
         ("memory://", "memory://".to_owned()),
         ("sqlite://file.db", format!("sqlite://{}/bus.db", folder.path().display())),
         ("kafka://…", real(Kind::Kafka)),
+        ("nats://…", real(Kind::Nats)),
         ("postgres://…", real(Kind::Postgres)),
         ("redis://…", real(Kind::Redis)),
     ];

@@ -46,6 +46,7 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
             "crate::conformance",
             "transport::kafka",
             "transport::memory",
+            "transport::nats",
             "transport::postgres",
             "transport::redis",
             "transport::sqlite",
@@ -58,6 +59,7 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
             "crate::bus",
             "transport::kafka",
             "transport::memory",
+            "transport::nats",
             "transport::postgres",
             "transport::redis",
             "transport::sqlite",
@@ -69,6 +71,7 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
         &[
             "transport::kafka",
             "transport::memory",
+            "transport::nats",
             "transport::postgres",
             "transport::redis",
             "transport::sqlite",
@@ -87,6 +90,7 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
         &[
             "transport::kafka",
             "transport::memory",
+            "transport::nats",
             "transport::postgres",
             "transport::redis",
             "transport::sqlite",

@@ -130,18 +130,17 @@ pub(crate) fn read<'a>(
     key: Option<Bytes>,
     body: Option<Bytes>,
 ) -> Content {
-    match binary(binding, pairs.clone(), key.clone(), body.clone()) {
-        Ok(envelope) => Content::Envelope(envelope),
+    let reason = match binary(binding, pairs.clone(), key.clone(), body.clone()) {
+        Ok(envelope) => return Content::Envelope(envelope),
         Err(reason) => match structured(binding, pairs.clone(), key, body.as_deref()) {
-            Some(Ok(envelope)) => Content::Envelope(envelope),
-            Some(Err(reason)) => {
-                Content::Undecodable(Box::new(Undecodable::new(body, Headers::from_pairs(pairs), reason)))
-            }
-            None => {
-                Content::Undecodable(Box::new(Undecodable::new(body, Headers::from_pairs(pairs), reason)))
-            }
+            Some(Ok(envelope)) => return Content::Envelope(envelope),
+            Some(Err(reason)) => reason,
+            None => reason,
         },
-    }
+    };
+    let is_absent = !binding.has_absent && pairs.clone().any(|(name, _)| name == NO_DATA);
+    let body = body.filter(|_| !is_absent);
+    Content::Undecodable(Box::new(Undecodable::new(body, Headers::from_pairs(pairs), reason)))
 }
 
 fn text<'a>(what: &str, value: &'a [u8]) -> Result<&'a str, String> {

@@ -13,7 +13,13 @@ mod confirm;
 mod delivery;
 
 #[cfg_attr(
-    not(all(feature = "memory", feature = "sqlite", feature = "postgres", feature = "redis")),
+    not(all(
+        feature = "memory",
+        feature = "sqlite",
+        feature = "nats",
+        feature = "postgres",
+        feature = "redis"
+    )),
     allow(dead_code, unused_imports, reason = "what of it is used depends on the transports that are built")
 )]
 mod kit;
@@ -22,6 +28,8 @@ mod kit;
 pub mod kafka;
 #[cfg(feature = "memory")]
 pub mod memory;
+#[cfg(feature = "nats")]
+pub mod nats;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(feature = "redis")]

@@ -42,7 +42,7 @@ impl Kind {
         [Self::Postgres, Self::Redis, Self::Valkey, Self::Nats, Self::Kafka, Self::Rabbitmq];
 
     /// Those that the tests need.
-    pub const TESTED: [Self; 4] = [Self::Kafka, Self::Postgres, Self::Redis, Self::Valkey];
+    pub const TESTED: [Self; 5] = [Self::Kafka, Self::Nats, Self::Postgres, Self::Redis, Self::Valkey];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {

@@ -199,6 +199,11 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
+    /// Whether nothing comes after the round.
+    pub(crate) fn is_last(&self) -> bool {
+        self.is_last
+    }
+
     /// Tells that everything of the round was answered; true if it was the last one.
     pub(crate) fn tell(self) -> bool {
         self.flushed.into_iter().for_each(|done| _ = done.send(()));

@@ -1,0 +1,313 @@
+//! Administration of the server: works while programs use it.
+
+use std::num::NonZeroU64;
+use std::time::{Duration, SystemTime};
+
+use async_nats::jetstream::stream::{Info, Stream};
+use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use futures_util::future::try_join_all;
+
+use super::leases::{CursorDoc, GroupDoc};
+use super::store::{Held, Store, damaged, missing, since, unavailable};
+use super::{MAX_PARTITIONS, Nats, message, names};
+use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::{Group, Key, Topic};
+use crate::partition::{self, PartitionId};
+
+/// What one read asks the server for at most.
+const READ_AT_ONCE: usize = 256;
+/// Between the news of an event and its place in the stream.
+const SOON: Duration = Duration::from_millis(2);
+
+/// First and next offset of a stream.
+fn bounds(info: &Info) -> (u64, u64) {
+    (info.state.first_sequence.max(1), info.state.last_sequence + 1)
+}
+
+fn changed_meanwhile() -> Error {
+    Error::new(ErrorKind::Conflict, "the group changed meanwhile: a member may have joined")
+}
+
+impl Store {
+    /// The number of partitions of a topic that must exist; it is never created.
+    async fn existing(&self, topic: &Topic) -> Result<u32> {
+        Ok(self.declared(topic).await?.ok_or_else(|| missing(topic))?.partitions)
+    }
+
+    async fn describe(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
+        let Some(declared) = self.declared(topic).await? else { return Ok(None) };
+        let looks = self.look_at_all(topic, declared.partitions).await?;
+        let partition = |(at, (_, info)): (usize, &(Stream, Info))| {
+            let (first, next) = bounds(info);
+            PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next))
+        };
+        let partitions = looks.iter().enumerate().map(partition).collect();
+        let retention = Retention {
+            max_age: declared.max_age.map(Duration::from_millis),
+            max_events: declared.max_events.and_then(NonZeroU64::new),
+        };
+        Ok(Some(TopicInfo::new(topic.clone(), partitions, retention)))
+    }
+
+    async fn all(&self) -> Result<Vec<Topic>> {
+        let mut found = Vec::new();
+        for key in self.keys(names::TOPICS).await? {
+            let name = names::unflat(key.strip_prefix(names::TOPICS).unwrap_or_default());
+            // A mark of deletion stays for a while.
+            let topic = Topic::new(name)?;
+            if self.declared(&topic).await?.is_some() {
+                found.push(topic);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The stream of a partition that must exist.
+    async fn place(&self, topic: &Topic, partition: PartitionId) -> Result<(Stream, Info)> {
+        let n_partitions = self.existing(topic).await?;
+        if partition.0 >= n_partitions {
+            return Err(Error::not_found("there is no such partition")
+                .with("topic", topic)
+                .with("partition", partition)
+                .with("partitions", n_partitions));
+        }
+        self.look(topic, partition.0).await?.ok_or_else(|| missing(topic))
+    }
+
+    async fn positions(&self, topic: &Topic, wanted: Option<&Group>) -> Result<Vec<GroupInfo>> {
+        let n_partitions = self.existing(topic).await?;
+        let looks = self.look_at_all(topic, n_partitions).await?;
+        let prefix = names::groups(topic);
+        let keys = match wanted {
+            Some(group) => vec![names::group(topic, group.as_str())],
+            None => self.keys(&prefix).await?,
+        };
+        let mut found = Vec::new();
+        for key in keys {
+            let group = Group::new(names::unflat(key.strip_prefix(&prefix).unwrap_or_default()))?;
+            let Some(Held { value: doc, .. }) = self.get::<GroupDoc>(&key).await? else { continue };
+            let cursors = (0..n_partitions).map(|partition| self.cursor(topic, &group, &doc, partition));
+            let cursors = try_join_all(cursors).await?;
+            for (at, ((_, info), cursor)) in looks.iter().zip(cursors).enumerate() {
+                let (first, next) = bounds(info);
+                let floor = cursor.value.floor;
+                let settled_above =
+                    cursor.value.past.values().filter(|past| past.attempt == 0).count() as u64;
+                let lag = next.saturating_sub(floor.max(first)).saturating_sub(settled_above);
+                let owner = doc.shares.get(at).and_then(|(owner, _)| doc.members.get(&(*owner)?));
+                let (partition, floor, end) = (PartitionId(at as u32), Offset(floor), Offset(next));
+                found.push(
+                    GroupInfo::new(group.clone(), topic.clone(), partition, floor, end, lag)
+                        .with_owner(owner.map(|member| member.process.clone())),
+                );
+            }
+        }
+        Ok(found)
+    }
+
+    /// A group's position, as it is or as it begins.
+    async fn cursor(
+        &self,
+        topic: &Topic,
+        group: &Group,
+        doc: &GroupDoc,
+        partition: u32,
+    ) -> Result<Held<CursorDoc>> {
+        let key = names::cursor(topic, group.as_str(), partition);
+        let found = self.get::<CursorDoc>(&key).await?;
+        let revision = found.as_ref().map_or(0, |found| found.revision);
+        let value =
+            found.map(|found| found.value).filter(|value| value.group == doc.id).unwrap_or_else(|| {
+                let floor = doc.starts.get(partition as usize).copied().unwrap_or(1);
+                CursorDoc { group: doc.id, epoch: 0, floor, past: std::collections::BTreeMap::new() }
+            });
+        Ok(Held { value, revision })
+    }
+
+    /// A group that has no members now, with its revision.
+    async fn idle_group(&self, group: &Group, topic: &Topic) -> Result<Held<GroupDoc>> {
+        self.set_clock().await?;
+        let found = self.get::<GroupDoc>(&names::group(topic, group.as_str())).await?;
+        let Some(mut found) = found else {
+            return Err(Error::not_found("there is no such group in this topic")
+                .with("group", group)
+                .with("topic", topic));
+        };
+        found.value.bury(self.clock().now());
+        if found.value.members.is_empty() {
+            return Ok(found);
+        }
+        Err(Error::new(ErrorKind::Conflict, "the group has members: stop them first")
+            .with("group", group)
+            .with("members", found.value.members.len()))
+    }
+}
+
+#[async_trait]
+impl Admin for Nats {
+    async fn declare(&self, spec: &TopicSpec) -> Result<bool> {
+        let declared = spec.partitions.get();
+        if declared > MAX_PARTITIONS {
+            return Err(Error::config("a topic of NATS has at most 1024 partitions here")
+                .with("partitions", spec.partitions));
+        }
+        let (topic, store) = (spec.topic.clone(), self.store.clone());
+        let retention = spec.retention;
+        let (found, is_new) =
+            self.store.tasks.run(async move { store.declare(&topic, declared, retention).await }).await?;
+        if found == declared {
+            return Ok(is_new);
+        }
+        Err(Error::new(ErrorKind::Conflict, "the topic has another number of partitions: keys would move")
+            .with("topic", &spec.topic)
+            .with("declared", declared)
+            .with("found", found))
+    }
+
+    async fn topics(&self) -> Result<Vec<TopicInfo>> {
+        let mut found = Vec::new();
+        for topic in self.store.all().await? {
+            found.extend(self.store.describe(&topic).await?);
+        }
+        Ok(found)
+    }
+
+    async fn topic(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
+        self.store.describe(topic).await
+    }
+
+    async fn delete_topic(&self, topic: &Topic) -> Result<()> {
+        let (topic, store) = (topic.clone(), self.store.clone());
+        let work = async move {
+            let n_partitions = store.existing(&topic).await?;
+            store.forget(&topic);
+            let groups = store.keys(&names::groups(&topic)).await?;
+            // First what members hear.
+            store.remove(groups.iter().cloned()).await?;
+            try_join_all((0..n_partitions).map(|partition| store.delete_stream(&topic, partition))).await?;
+            let prefix = names::groups(&topic);
+            for group in &groups {
+                let name = names::unflat(group.strip_prefix(&prefix).unwrap_or_default());
+                let cursors = (0..n_partitions).map(|partition| names::cursor(&topic, &name, partition));
+                store.remove(cursors).await?;
+            }
+            store.remove(std::iter::once(names::topic(&topic))).await
+        };
+        self.store.tasks.run(work).await
+    }
+
+    async fn purge(&self, topic: &Topic, partition: PartitionId, before: Offset) -> Result<u64> {
+        let (stream, info) = self.store.place(topic, partition).await?;
+        let (first, next) = bounds(&info);
+        let before = before.0.min(next);
+        if before <= first {
+            return Ok(0);
+        }
+        Ok(stream.purge().sequence(before).await.map_err(unavailable)?.purged)
+    }
+
+    async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>> {
+        let topics = match topic {
+            Some(topic) => vec![topic.clone()],
+            None => self.store.all().await?,
+        };
+        let mut found = Vec::new();
+        for topic in topics {
+            found.extend(self.store.positions(&topic, None).await?);
+        }
+        found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
+        Ok(found)
+    }
+
+    async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
+        self.store.positions(topic, Some(group)).await
+    }
+
+    async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
+        let n_partitions = self.store.existing(topic).await?;
+        let found = self.store.idle_group(group, topic).await?;
+        let key = names::group(topic, group.as_str());
+        self.store.remove_at(&key, found.revision).await?.ok_or_else(changed_meanwhile)?;
+        let cursors = (0..n_partitions).map(|partition| names::cursor(topic, group.as_str(), partition));
+        self.store.remove(cursors).await
+    }
+
+    async fn seek(&self, group: &Group, topic: &Topic, partition: PartitionId, to: Offset) -> Result<()> {
+        let (_, info) = self.store.place(topic, partition).await?;
+        let (first, next) = bounds(&info);
+        let Held { value: mut doc, revision } = self.store.idle_group(group, topic).await?;
+        let Held { mut value, revision: at } = self.store.cursor(topic, group, &doc, partition.0).await?;
+        // A member that joins meanwhile changes the group, or takes the position under an epoch of its own.
+        doc.generation += 1;
+        let key = names::group(topic, group.as_str());
+        self.store.set(&key, &doc, revision).await?.ok_or_else(changed_meanwhile)?;
+        (value.floor, value.past) = (to.0.clamp(first, next), std::collections::BTreeMap::new());
+        let key = names::cursor(topic, group.as_str(), partition.0);
+        self.store.set(&key, &value, at).await?.ok_or_else(changed_meanwhile)?;
+        Ok(())
+    }
+
+    async fn partition_of(&self, topic: &Topic, key: &Key) -> Result<PartitionId> {
+        Ok(partition::of_key(key, self.store.existing(topic).await?))
+    }
+
+    async fn offset_at(&self, topic: &Topic, partition: PartitionId, time: SystemTime) -> Result<Offset> {
+        let (stream, info) = self.store.place(topic, partition).await?;
+        let found = self.store.first_since(&stream, time).await?;
+        Ok(Offset(found.unwrap_or(info.state.last_sequence + 1)))
+    }
+
+    async fn read(
+        &self,
+        topic: &Topic,
+        partition: PartitionId,
+        from: Offset,
+        max: usize,
+    ) -> Result<Vec<Record>> {
+        let (stream, info) = self.store.place(topic, partition).await?;
+        let (first, next) = bounds(&info);
+        if from.0 < first && first > 1 {
+            let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
+            return Err(Error::new(kind, "events below the first kept offset are gone")
+                .with("topic", topic)
+                .with("partition", partition));
+        }
+        let left = next.saturating_sub(from.0.max(1)).min(max.min(READ_AT_ONCE) as u64) as usize;
+        if left == 0 {
+            return Ok(Vec::new());
+        }
+        let mut found = Vec::new();
+        for message in self.store.fetch(&stream, since(from.0), left).await? {
+            let (offset, stored_at) = match message.info() {
+                Ok(place) => (Offset(place.stream_sequence), place.published.into()),
+                Err(error) => return Err(damaged(&info.config.name).caused_by(error)),
+            };
+            let message = message.message;
+            let content = message::content(message.headers.as_ref(), message.payload);
+            found.push(Record::new(partition, offset, stored_at, content));
+        }
+        Ok(found)
+    }
+
+    async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {
+        self.store.existing(topic).await?;
+        // Heard before the first look; a message is heard a moment before it has its place.
+        let mut news = self.store.client.subscribe(names::subjects(topic)).await.map_err(unavailable)?;
+        let waiting = async {
+            loop {
+                let looks = positions.iter().map(|(partition, _)| self.store.look(topic, partition.0));
+                let looks = try_join_all(looks).await?;
+                let is_there = looks.iter().zip(positions).any(|(look, (_, from))| {
+                    look.as_ref().is_none_or(|(_, info)| info.state.last_sequence >= from.0.max(1))
+                });
+                if is_there || news.next().await.is_none() {
+                    return Ok(());
+                }
+                tokio::time::sleep(SOON).await;
+            }
+        };
+        tokio::time::timeout(within, waiting).await.unwrap_or(Ok(()))
+    }
+}

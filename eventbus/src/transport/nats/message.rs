@@ -1,0 +1,225 @@
+//! Events as messages: CloudEvents in binary mode, as the binding for NATS says.
+//!
+//! Headers of NATS are text, and the client keeps no order between different names. So attributes are
+//! percent-encoded (CloudEvents 1.0.2, NATS binding section 3.1.3.2), and where an event has headers or extensions of
+//! its own, one header lists their names in order; those are percent-encoded too. Names beginning with `Nats-` mean
+//! something to the server and are always encoded.
+
+use std::collections::HashMap;
+
+use async_nats::{HeaderMap, HeaderName, HeaderValue};
+use bytes::Bytes;
+
+use crate::cloudevents::{Binding, read, write};
+use crate::envelope::Envelope;
+use crate::error::{Error, ErrorKind, Result};
+use crate::transport::Content;
+
+const BINDING: Binding =
+    Binding { prefix: "ce-", content_type: "content-type", has_key: false, has_absent: false, taken: &[] };
+
+/// The names of an event's own headers and extensions, in order.
+const ORDER: &str = "evt-order";
+
+/// The attributes that need no place in the order.
+const PLAIN: [&str; 10] = [
+    "ce-specversion",
+    "ce-id",
+    "ce-source",
+    "ce-type",
+    "ce-time",
+    "ce-subject",
+    "ce-dataschema",
+    "ce-dataversion",
+    "ce-partitionkey",
+    "content-type",
+];
+
+fn put_coded(byte: u8, out: &mut String) {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    out.push('%');
+    for digit in [byte >> 4, byte & 15] {
+        out.push(char::from(DIGITS.get(usize::from(digit)).copied().unwrap_or(b'0')));
+    }
+}
+
+/// Percent-encodes a value: what is no printable ASCII, and the space, `"` and `%`.
+fn coded(value: &[u8]) -> String {
+    let mut out = String::with_capacity(value.len());
+    for byte in value {
+        match byte {
+            b'"' | b'%' => put_coded(*byte, &mut out),
+            0x21..=0x7e => out.push(char::from(*byte)),
+            _ => put_coded(*byte, &mut out),
+        }
+    }
+    out
+}
+
+/// Percent-encodes a name, so that it may stand as a header and in the order.
+fn coded_name(name: &str) -> String {
+    let is_servers = name.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("nats-"));
+    let mut out = String::with_capacity(name.len());
+    for (at, byte) in name.bytes().enumerate() {
+        match byte {
+            _ if at == 0 && is_servers => put_coded(byte, &mut out),
+            b'%' | b',' | b':' | b'"' => put_coded(byte, &mut out),
+            0x21..=0x7e => out.push(char::from(byte)),
+            _ => put_coded(byte, &mut out),
+        }
+    }
+    out
+}
+
+/// Reads what is percent-encoded; a `%` that begins no code stands for itself.
+fn decoded(text: &str) -> Vec<u8> {
+    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
+    let bytes = text.as_bytes();
+    let (mut out, mut at) = (Vec::with_capacity(bytes.len()), 0);
+    while let Some(byte) = bytes.get(at) {
+        match (byte, digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
+            (b'%', Some(high), Some(low)) => {
+                out.push((high * 16 + low) as u8);
+                at += 3;
+            }
+            _ => {
+                out.push(*byte);
+                at += 1;
+            }
+        }
+    }
+    out
+}
+
+/// The headers of an event's message, and the bytes they take on the wire.
+///
+/// # Errors
+/// [`Invalid`](ErrorKind::Invalid) for a media type with control characters.
+pub(super) fn headers(event: &Envelope) -> Result<(HeaderMap, usize)> {
+    let (mut headers, mut order) = (HeaderMap::new(), String::new());
+    // The first and the last line.
+    let mut n_bytes = "NATS/1.0\r\n\r\n".len();
+    let mut failed = false;
+    let mut append =
+        |name: &str, value: &str| match (name.parse::<HeaderName>(), value.parse::<HeaderValue>()) {
+            (Ok(known), Ok(text)) => {
+                n_bytes += name.len() + value.len() + ": \r\n".len();
+                headers.append(known, text);
+            }
+            _ => failed = true,
+        };
+    write(&BINDING, event, |name, value| {
+        if PLAIN.contains(&name) {
+            match std::str::from_utf8(value) {
+                // Of media types the binding says that they stay as they are.
+                Ok(media) if name == "content-type" && !media.is_empty() && media.trim() == media => {
+                    append(name, media);
+                }
+                _ => append(name, &coded(value)),
+            }
+        } else {
+            let name = coded_name(name);
+            if !order.is_empty() {
+                order.push(',');
+            }
+            order.push_str(&name);
+            append(&name, &coded(value));
+        }
+    });
+    if !order.is_empty() {
+        append(ORDER, &order);
+    }
+    if failed {
+        return Err(Error::new(ErrorKind::Invalid, "an attribute cannot be written as a header of NATS"));
+    }
+    Ok((headers, n_bytes))
+}
+
+/// Reads what a message holds.
+pub(super) fn content(headers: Option<&HeaderMap>, payload: Bytes) -> Content {
+    let mut pairs: Vec<(String, Vec<u8>)> = Vec::new();
+    if let Some(headers) = headers {
+        let order = headers.get(ORDER).map(|order| order.as_str().split(',').collect::<Vec<_>>());
+        let order = order.unwrap_or_default();
+        let mut own: HashMap<&str, std::vec::IntoIter<&HeaderValue>> = HashMap::new();
+        let mut rest: Vec<(&str, &HeaderValue)> = Vec::new();
+        for (name, values) in headers.iter() {
+            let name: &str = name.as_ref();
+            if order.contains(&name) {
+                own.insert(name, values.iter().collect::<Vec<_>>().into_iter());
+            } else if name != ORDER {
+                rest.extend(values.iter().map(|value| (name, value)));
+            }
+        }
+        // The client's order between names is none: this one is the same each time.
+        rest.sort_by_key(|(name, _)| *name);
+        for (name, value) in rest {
+            let is_attribute = name.get(..3).is_some_and(|start| start.eq_ignore_ascii_case("ce-"))
+                || name.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("evt-"));
+            let value = value.as_str();
+            pairs.push((name.to_owned(), if is_attribute { decoded(value) } else { value.into() }));
+        }
+        for name in order {
+            let Some(value) = own.get_mut(name).and_then(Iterator::next) else { continue };
+            let known = String::from_utf8_lossy(&decoded(name)).into_owned();
+            pairs.push((known, decoded(value.as_str())));
+        }
+    }
+    read(&BINDING, pairs.iter().map(|(name, value)| (name.as_str(), value.as_slice())), None, Some(payload))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::Key;
+
+    #[test]
+    fn everything_survives_the_way_there_and_back() {
+        let full = Envelope::new("shop.paid", "/shop")
+            .with_version(3)
+            .with_subject("o-7 ü \"100%\"")
+            .with_content_type("application/json; charset=utf-8")
+            .with_key(Key::new(&b"\0\xff, key"[..]))
+            .with_extension("correlationid", "c d")
+            .with_extension("abc", "1")
+            .with_extension("evt-attempt", "2")
+            .with_header("zeta", "1")
+            .with_header("Alpha", "2 %41")
+            .with_header("zeta", "")
+            .with_header("ce-id", "spoof")
+            .with_header("Nats-Rollup", "all")
+            .with_header("%4Eats-Rollup", "all")
+            .with_header("a,b:c ü", "\r\nX: y")
+            .with_header("binary", [0, 255, 128])
+            .with_payload("");
+        for event in [full.clone(), full.clone().without_payload(), full.without_key()] {
+            let (headers, n_bytes) = headers(&event).unwrap();
+            assert!(headers.iter().all(|(name, _)| {
+                let name: &str = name.as_ref();
+                !name.to_ascii_lowercase().starts_with("nats-")
+            }));
+            assert!(n_bytes > 100);
+            let found = content(Some(&headers), event.payload().cloned().unwrap_or_default());
+            assert_eq!(found.envelope(), Some(&event));
+        }
+    }
+
+    #[test]
+    fn foreign_headers_stay_as_they_are() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("ce-specversion", "1.0"),
+            ("ce-id", "1"),
+            ("ce-source", "/s%20p"),
+            ("ce-type", "100%"),
+            ("tenant", "a%20b"),
+        ] {
+            headers.append(name, value);
+        }
+        let found = content(Some(&headers), Bytes::from_static(b"x"));
+        let event = found.envelope().unwrap();
+        assert_eq!((event.source(), event.event_type()), ("/s p", "100%"));
+        assert_eq!(event.headers().get_str("tenant"), Some("a%20b"));
+        assert!(content(None, Bytes::from_static(b"raw")).envelope().is_none());
+    }
+}

@@ -1,0 +1,500 @@
+//! One account of a NATS server: topics, the bucket in which groups are kept, and what errors mean.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant as StdInstant, SystemTime, UNIX_EPOCH};
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::kv::{self, CreateErrorKind, Operation, UpdateErrorKind};
+use async_nats::jetstream::stream::{Config, Info, StorageType, Stream};
+use async_nats::jetstream::{self, Context, ErrorCode, context};
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr};
+use bytes::Bytes;
+use futures_util::future::{join_all, try_join_all};
+use parking_lot::Mutex;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use super::{Options, names, publisher};
+use crate::admin::Retention;
+use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
+use crate::transport::kit::queue::Queue;
+use crate::transport::kit::tasks::Tasks;
+use crate::url::Url;
+
+/// For how long the number of partitions of a topic is believed.
+const TOPIC_AGE: Duration = Duration::from_secs(30);
+/// Room for headers and framing below the server's largest payload.
+const OVERHEAD: usize = 16 << 10;
+
+pub(super) struct Store {
+    pub(super) client: Client,
+    pub(super) context: Context,
+    bucket: kv::Store,
+    pub(super) options: Options,
+    /// Largest event in bytes.
+    pub(super) max_event_bytes: usize,
+    /// Where it is, without secrets.
+    pub(super) place: String,
+    pub(super) queue: Arc<Queue>,
+    topics: Mutex<HashMap<Topic, (u32, StdInstant)>>,
+    clock: Mutex<Clock>,
+    pub(super) tasks: Tasks,
+}
+
+/// What is kept of a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct TopicDoc {
+    pub(super) partitions: u32,
+    /// Milliseconds.
+    pub(super) max_age: Option<u64>,
+    pub(super) max_events: Option<u64>,
+}
+
+/// One look at the server's clock: what it was at some moment between two of ours.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Clock {
+    millis: u64,
+    before: Instant,
+    after: Instant,
+}
+
+impl Clock {
+    /// The server's time now, in milliseconds, or a little less.
+    pub(super) fn now(&self) -> u64 {
+        self.millis.saturating_add(self.after.elapsed().as_millis() as u64)
+    }
+
+    /// The server's time at a moment of ours, or a little more.
+    pub(super) fn at(&self, moment: Instant) -> u64 {
+        let since = moment.saturating_duration_since(self.before).as_micros().div_ceil(1000);
+        self.millis.saturating_add(since as u64)
+    }
+
+    /// The moment of ours at which the server's time is `millis`, or a little later.
+    pub(super) fn moment(&self, millis: u64) -> Option<Instant> {
+        self.after.checked_add(Duration::from_millis(millis.saturating_sub(self.millis)))
+    }
+}
+
+/// A value of the bucket with the revision that a change must name; 0 = there is none.
+pub(super) struct Held<T> {
+    pub(super) value: T,
+    pub(super) revision: u64,
+}
+
+pub(super) fn millis_of(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+/// Where, as whom and how to connect.
+fn connection(url: &Url, options: &Options) -> Result<(Vec<ServerAddr>, ConnectOptions, String)> {
+    let place = url.authority(4222)?;
+    if !place.path.is_empty() {
+        return Err(Error::config("nats:// takes hosts only: nats://user:password@host:port"));
+    }
+    let mut addresses = Vec::new();
+    let mut shown = Vec::new();
+    for (host, port) in &place.hosts {
+        let host = if host.contains(':') { format!("[{host}]") } else { (*host).to_owned() };
+        shown.push(format!("{host}:{port}"));
+        let address: Result<ServerAddr, _> = format!("nats://{host}:{port}").parse();
+        addresses.push(address.map_err(|error| Error::config("a host cannot be used").caused_by(error))?);
+    }
+    let mut settings = ConnectOptions::new()
+        .name("eventbus")
+        .connection_timeout(options.timeout)
+        .request_timeout(Some(options.timeout))
+        .event_callback(|event| async move { tracing::debug!(%event, "NATS") });
+    settings = match (place.user, place.password) {
+        (Some(user), Some(password)) => settings.user_and_password(user.to_owned(), password.to_owned()),
+        (Some(token), None) => settings.token(token.to_owned()),
+        _ => settings,
+    };
+    if let Some(file) = &options.credentials {
+        let text = std::fs::read_to_string(file).map_err(|error| {
+            Error::config("the file of credentials cannot be read")
+                .with("file", file.display())
+                .caused_by(error)
+        })?;
+        // The library's error may show a part of the file.
+        settings = settings.credentials(&text).map_err(|_| {
+            Error::config("the file holds no credentials of NATS").with("file", file.display())
+        })?;
+    }
+    if options.tls {
+        settings = settings.require_tls(true);
+    }
+    if let Some(ca) = &options.ca {
+        settings = settings.add_root_certificates(ca.clone());
+    }
+    Ok((addresses, settings, shown.join(",")))
+}
+
+impl Store {
+    pub(super) async fn open(url: &Url, options: Options) -> Result<Arc<Self>> {
+        let (addresses, settings, place) = connection(url, &options)?;
+        let opening = async {
+            let client = settings.connect(addresses).await.map_err(|error| match error.kind() {
+                ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => Error::new(
+                    ErrorKind::Unauthorized,
+                    "the server refused the user, the password or the token",
+                )
+                .caused_by(error),
+                ConnectErrorKind::Tls | ConnectErrorKind::ServerParse => {
+                    Error::config("the server cannot be spoken to like this").caused_by(error)
+                }
+                _ => Error::new(ErrorKind::Unavailable, "the server cannot be reached").caused_by(error),
+            })?;
+            let context = context::ContextBuilder::new()
+                .timeout(options.timeout)
+                .ack_timeout(options.timeout)
+                .build(client.clone());
+            let bucket = bucket(&context, &options).await?;
+            let clock = look_at_clock(&bucket).await?;
+            Ok((client, context, bucket, clock))
+        };
+        let opened = tokio::time::timeout(options.timeout * 2, opening).await;
+        let (client, context, bucket, clock) = opened
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "the server does not answer")))
+            .map_err(|error: Error| error.with("place", &place))?;
+        let most = client.max_payload().saturating_sub(OVERHEAD).max(1);
+        let max_event_bytes = options.max_event_bytes.unwrap_or(most);
+        if max_event_bytes > most {
+            return Err(Error::config("max_event_bytes is above what the server takes")
+                .with("max_event_bytes", max_event_bytes)
+                .with("server", most));
+        }
+        let (queue, rounds) = Queue::new(max_event_bytes);
+        let store = Arc::new(Self {
+            client,
+            context,
+            bucket,
+            options,
+            max_event_bytes,
+            place,
+            queue,
+            topics: Mutex::default(),
+            clock: Mutex::new(clock),
+            tasks: Tasks::default(),
+        });
+        let acks = publisher::Acks::hear(&store.client).await?;
+        store.tasks.keep(tokio::spawn(publisher::write(Arc::downgrade(&store), rounds, acks)));
+        Ok(store)
+    }
+
+    pub(super) fn is_open(&self) -> Result<()> {
+        self.queue.is_open()
+    }
+
+    pub(super) async fn close(&self) {
+        self.queue.stop().await;
+        self.tasks.end().await;
+        if let Err(error) = self.client.drain().await {
+            tracing::debug!(%error, "the connection was closed before");
+        }
+    }
+
+    pub(super) fn clock(&self) -> Clock {
+        *self.clock.lock()
+    }
+
+    /// Looks at the server's clock again.
+    pub(super) async fn set_clock(&self) -> Result<()> {
+        let clock = look_at_clock(&self.bucket).await?;
+        *self.clock.lock() = clock;
+        Ok(())
+    }
+
+    /// The value of a key, and the revision for its next change.
+    pub(super) async fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<Held<T>>> {
+        let entry = self.bucket.entry(key).await.map_err(|error| match error.kind() {
+            kv::EntryErrorKind::TimedOut => Error::new(ErrorKind::Unavailable, "no answer").caused_by(error),
+            _ => Error::new(ErrorKind::Unavailable, "what is kept of a topic could not be read")
+                .caused_by(error),
+        })?;
+        let Some(entry) = entry.filter(|entry| entry.operation == Operation::Put) else { return Ok(None) };
+        let value = serde_json::from_slice(&entry.value).map_err(|error| damaged(key).caused_by(error))?;
+        Ok(Some(Held { value, revision: entry.revision }))
+    }
+
+    /// Writes a key if nobody changed it meanwhile; `None` = somebody did. Returns the new revision.
+    pub(super) async fn set<T: Serialize>(&self, key: &str, value: &T, revision: u64) -> Result<Option<u64>> {
+        let value = serde_json::to_vec(value).map_err(|error| damaged(key).caused_by(error))?;
+        let lost = |error| Error::new(ErrorKind::Unavailable, "a change was not confirmed").caused_by(error);
+        if revision == 0 {
+            return match self.bucket.create(key, Bytes::from(value)).await {
+                Ok(revision) => Ok(Some(revision)),
+                Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(None),
+                Err(error) => Err(lost(error.to_string())),
+            };
+        }
+        match self.bucket.update(key, Bytes::from(value), revision).await {
+            Ok(revision) => Ok(Some(revision)),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(None),
+            Err(error) => Err(lost(error.to_string())),
+        }
+    }
+
+    /// Removes a key if nobody changed it meanwhile; `None` = somebody did.
+    pub(super) async fn remove_at(&self, key: &str, revision: u64) -> Result<Option<()>> {
+        match self.bucket.purge_expect_revision(key, Some(revision)).await {
+            Ok(()) => Ok(Some(())),
+            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(None),
+            Err(error) => Err(unavailable(error)),
+        }
+    }
+
+    /// Removes keys, whatever they hold.
+    pub(super) async fn remove(&self, keys: impl Iterator<Item = String>) -> Result<()> {
+        let failed =
+            |error| Error::new(ErrorKind::Unavailable, "a key could not be removed").caused_by(error);
+        try_join_all(keys.map(|key| async move { self.bucket.purge(key).await.map_err(failed) })).await?;
+        Ok(())
+    }
+
+    /// The keys that begin like this and hold something.
+    pub(super) async fn keys(&self, prefix: &str) -> Result<Vec<String>> {
+        let stream = self.stream(&format!("KV_{}", names::BUCKET)).await?.ok_or_else(|| damaged("bucket"))?;
+        let subject = names::changes(prefix);
+        let mut found =
+            stream.info_builder().subjects(format!("{subject}>")).fetch().await.map_err(unavailable)?;
+        let mut keys = Vec::new();
+        use futures_util::TryStreamExt as _;
+        while let Some((known, _)) = found.try_next().await.map_err(unavailable)? {
+            keys.extend(known.strip_prefix(&names::changes("")).map(str::to_owned));
+        }
+        keys.sort_unstable();
+        Ok(keys)
+    }
+
+    /// A stream, if there is one of this name.
+    async fn stream(&self, name: &str) -> Result<Option<Stream<()>>> {
+        self.context.get_stream_no_info(name).await.map(Some).map_err(unavailable)
+    }
+
+    /// What the server says of the stream of a partition, if there is one.
+    pub(super) async fn look(&self, topic: &Topic, partition: u32) -> Result<Option<(Stream, Info)>> {
+        match self.context.get_stream(names::stream(topic, partition)).await {
+            Ok(stream) => {
+                let info = stream.cached_info().clone();
+                Ok(Some((stream, info)))
+            }
+            Err(error) => match error.kind() {
+                context::GetStreamErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(None)
+                }
+                _ => Err(unavailable(error)),
+            },
+        }
+    }
+
+    /// Looks at all partitions of a topic that exists.
+    pub(super) async fn look_at_all(&self, topic: &Topic, n_partitions: u32) -> Result<Vec<(Stream, Info)>> {
+        let looking = (0..n_partitions).map(|partition| self.look(topic, partition));
+        join_all(looking).await.into_iter().map(|found| found?.ok_or_else(|| missing(topic))).collect()
+    }
+
+    /// What is kept of a topic.
+    pub(super) async fn declared(&self, topic: &Topic) -> Result<Option<TopicDoc>> {
+        Ok(self.get(&names::topic(topic)).await?.map(|held| held.value))
+    }
+
+    /// The number of partitions of a topic; it is created where that is wanted.
+    pub(super) async fn partitions(&self, topic: &Topic) -> Result<u32> {
+        if let Some((known, looked)) = self.topics.lock().get(topic)
+            && looked.elapsed() < TOPIC_AGE
+        {
+            return Ok(*known);
+        }
+        let found = match self.declared(topic).await? {
+            Some(found) => found.partitions,
+            None if self.options.create_topics => {
+                let retention = Retention { max_age: self.options.retention, ..Retention::default() };
+                self.declare(topic, self.options.partitions, retention).await?.0
+            }
+            None => return Err(missing(topic).with("hint", "create it, or say declare=create")),
+        };
+        self.topics.lock().insert(topic.clone(), (found, StdInstant::now()));
+        Ok(found)
+    }
+
+    pub(super) fn forget(&self, topic: &Topic) {
+        self.topics.lock().remove(topic);
+    }
+
+    /// Creates a topic; returns its partitions, and whether it is new. What an earlier try left undone is done.
+    pub(super) async fn declare(
+        &self,
+        topic: &Topic,
+        partitions: u32,
+        kept: Retention,
+    ) -> Result<(u32, bool)> {
+        let max_age = kept.max_age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
+        let wanted =
+            TopicDoc { partitions, max_age, max_events: kept.max_events.map(std::num::NonZeroU64::get) };
+        let key = names::topic(topic);
+        let is_new = self.set(&key, &wanted, 0).await?.is_some();
+        let found = if is_new {
+            wanted
+        } else {
+            // Deleted in between: whoever asked may ask again.
+            self.declared(topic).await?.ok_or_else(|| missing(topic))?
+        };
+        try_join_all((0..found.partitions).map(|partition| self.create(topic, partition, found))).await?;
+        Ok((found.partitions, is_new))
+    }
+
+    async fn create(&self, topic: &Topic, partition: u32, declared: TopicDoc) -> Result<()> {
+        let config = Config {
+            name: names::stream(topic, partition),
+            subjects: vec![names::subject(topic, partition)],
+            storage: StorageType::File,
+            num_replicas: self.options.replicas,
+            max_age: declared.max_age.map(Duration::from_millis).unwrap_or_default(),
+            max_messages: declared.max_events.map_or(-1, |most| i64::try_from(most).unwrap_or(i64::MAX)),
+            duplicate_window: self.options.dedup.unwrap_or(Duration::ZERO),
+            allow_direct: true,
+            ..Config::default()
+        };
+        match self.context.create_stream(config).await {
+            Ok(_) => Ok(()),
+            Err(error) => match error.kind() {
+                // It stands already, with other settings: those of whoever made it.
+                context::CreateStreamErrorKind::JetStream(known)
+                    if known.error_code() == ErrorCode::STREAM_NAME_EXIST =>
+                {
+                    self.verify(topic, partition).await
+                }
+                context::CreateStreamErrorKind::JetStream(known)
+                    if known.error_code() == ErrorCode::STREAM_SUBJECT_OVERLAP =>
+                {
+                    Err(Error::new(ErrorKind::Conflict, "another stream takes the subjects of this topic")
+                        .with("topic", topic)
+                        .with("subject", names::subject(topic, partition))
+                        .caused_by(error))
+                }
+                _ => Err(unavailable(error).with("topic", topic)),
+            },
+        }
+    }
+
+    /// Fails unless the stream of a partition takes the events of this partition and no others.
+    async fn verify(&self, topic: &Topic, partition: u32) -> Result<()> {
+        let (_, info) = self.look(topic, partition).await?.ok_or_else(|| missing(topic))?;
+        let subject = names::subject(topic, partition);
+        if info.config.subjects == [subject.as_str()] {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Conflict, "a stream of this name holds something else")
+            .with("stream", &info.config.name)
+            .with("wanted", subject)
+            .with("found", info.config.subjects.join(" ")))
+    }
+
+    pub(super) async fn delete_stream(&self, topic: &Topic, partition: u32) -> Result<()> {
+        match self.context.delete_stream(names::stream(topic, partition)).await {
+            Ok(_) => Ok(()),
+            Err(error) => match error.kind() {
+                context::DeleteStreamErrorKind::JetStream(error)
+                    if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(())
+                }
+                _ => Err(unavailable(error)),
+            },
+        }
+    }
+
+    /// Reads at most `max` messages of a stream from a place on; those that are there now.
+    pub(super) async fn fetch(
+        &self,
+        stream: &Stream,
+        from: DeliverPolicy,
+        max: usize,
+    ) -> Result<Vec<jetstream::Message>> {
+        use futures_util::StreamExt as _;
+        let consumer = stream.create_consumer(reading(from)).await.map_err(unavailable)?;
+        let mut batch = consumer.fetch().max_messages(max).messages().await.map_err(unavailable)?;
+        let mut found = Vec::new();
+        let reading = async {
+            while let Some(message) = batch.next().await {
+                found.push(message.map_err(|error| {
+                    Error::new(ErrorKind::Unavailable, "the server did not bring the events").caused_by(error)
+                })?);
+            }
+            Ok(())
+        };
+        let read = tokio::time::timeout(self.options.timeout, reading).await;
+        if let Err(error) = stream.delete_consumer(&consumer.cached_info().name).await {
+            tracing::debug!(%error, "a reader was left to its end");
+        }
+        match read {
+            Ok(read) => read.map(|()| found),
+            Err(_) => Err(Error::new(ErrorKind::Unavailable, "the server did not bring the events in time")),
+        }
+    }
+}
+
+/// A reader outside of any group, which the server forgets when nobody pulls.
+pub(super) fn reading(from: DeliverPolicy) -> pull::Config {
+    pull::Config {
+        deliver_policy: from,
+        ack_policy: AckPolicy::None,
+        inactive_threshold: Duration::from_secs(60),
+        memory_storage: true,
+        num_replicas: 1,
+        ..pull::Config::default()
+    }
+}
+
+/// From a sequence on.
+pub(super) fn since(sequence: u64) -> DeliverPolicy {
+    match sequence {
+        0 | 1 => DeliverPolicy::All,
+        start_sequence => DeliverPolicy::ByStartSequence { start_sequence },
+    }
+}
+
+/// The bucket in which topics and groups are kept.
+async fn bucket(context: &Context, options: &Options) -> Result<kv::Store> {
+    if let Ok(found) = context.get_key_value(names::BUCKET).await {
+        return Ok(found);
+    }
+    let config = kv::Config {
+        bucket: names::BUCKET.to_owned(),
+        description: "Topics and groups of eventbus".to_owned(),
+        history: 1,
+        num_replicas: options.replicas,
+        ..kv::Config::default()
+    };
+    context.create_key_value(config).await.map_err(|error| {
+        Error::new(ErrorKind::Unavailable, "the bucket of topics and groups cannot be had: is JetStream on?")
+            .caused_by(error)
+    })
+}
+
+async fn look_at_clock(bucket: &kv::Store) -> Result<Clock> {
+    let before = Instant::now();
+    bucket.put(names::CLOCK, Bytes::new()).await.map_err(unavailable)?;
+    let after = Instant::now();
+    let entry =
+        bucket.entry(names::CLOCK).await.map_err(unavailable)?.ok_or_else(|| damaged(names::CLOCK))?;
+    Ok(Clock { millis: millis_of(entry.created.into()), before, after })
+}
+
+pub(super) fn missing(topic: &Topic) -> Error {
+    Error::not_found("there is no such topic").with("topic", topic)
+}
+
+pub(super) fn damaged(key: &str) -> Error {
+    Error::new(ErrorKind::Corrupt, "what is kept under a key cannot be read").with("key", key)
+}
+
+pub(super) fn unavailable(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::new(ErrorKind::Unavailable, "the server did not do what it was asked").caused_by(error)
+}
