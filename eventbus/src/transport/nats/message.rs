@@ -2,8 +2,7 @@
 //!
 //! Headers of NATS are text, and the client keeps no order between different names. So attributes are
 //! percent-encoded (CloudEvents 1.0.2, NATS binding section 3.1.3.2), and where an event has headers or extensions of
-//! its own, one header lists their names in order; those are percent-encoded too. Names beginning with `Nats-` mean
-//! something to the server and are always encoded.
+//! its own, one header lists their names in order; those are percent-encoded too.
 
 use std::collections::HashMap;
 
@@ -58,11 +57,9 @@ fn coded(value: &[u8]) -> String {
 
 /// Percent-encodes a name, so that it may stand as a header and in the order.
 fn coded_name(name: &str) -> String {
-    let is_servers = name.get(..5).is_some_and(|start| start.eq_ignore_ascii_case("nats-"));
     let mut out = String::with_capacity(name.len());
-    for (at, byte) in name.bytes().enumerate() {
+    for byte in name.bytes() {
         match byte {
-            _ if at == 0 && is_servers => put_coded(byte, &mut out),
             b'%' | b',' | b':' | b'"' => put_coded(byte, &mut out),
             0x21..=0x7e => out.push(char::from(byte)),
             _ => put_coded(byte, &mut out),
@@ -187,17 +184,12 @@ mod tests {
             .with_header("Alpha", "2 %41")
             .with_header("zeta", "")
             .with_header("ce-id", "spoof")
-            .with_header("Nats-Rollup", "all")
-            .with_header("%4Eats-Rollup", "all")
+            .with_header("%41lpha", "all")
             .with_header("a,b:c ü", "\r\nX: y")
             .with_header("binary", [0, 255, 128])
             .with_payload("");
         for event in [full.clone(), full.clone().without_payload(), full.without_key()] {
             let (headers, n_bytes) = headers(&event).unwrap();
-            assert!(headers.iter().all(|(name, _)| {
-                let name: &str = name.as_ref();
-                !name.to_ascii_lowercase().starts_with("nats-")
-            }));
             assert!(n_bytes > 100);
             let found = content(Some(&headers), event.payload().cloned().unwrap_or_default());
             assert_eq!(found.envelope(), Some(&event));

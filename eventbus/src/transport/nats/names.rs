@@ -1,7 +1,8 @@
 //! Names of streams, subjects and keys.
 //!
-//! Names of topics and groups hold no `=`, so it may stand for what NATS does not allow: a dot in the name of a stream
-//! or within a token of a key, and an empty token of a subject. No two topics or groups share a name.
+//! Names of topics and groups hold no `=`, so it may stand for a dot where NATS does not allow one: in the name of a
+//! stream, and within a token of a key. No part between their dots is empty, as subjects want it. So no two topics or
+//! groups share a name.
 
 use crate::name::Topic;
 
@@ -25,19 +26,14 @@ pub(super) fn stream(topic: &Topic, partition: u32) -> String {
     format!("evt-{}-{partition}", flat(topic.as_str()))
 }
 
-fn tokens(topic: &Topic) -> String {
-    let tokens = topic.as_str().split('.').map(|token| if token.is_empty() { "=" } else { token });
-    tokens.collect::<Vec<_>>().join(".")
-}
-
 /// The subject of a partition, on which its events are published.
 pub(super) fn subject(topic: &Topic, partition: u32) -> String {
-    format!("evt.{}.{partition}", tokens(topic))
+    format!("evt.{topic}.{partition}")
 }
 
 /// The subjects of all partitions, and of nothing else.
 pub(super) fn subjects(topic: &Topic) -> String {
-    format!("evt.{}.*", tokens(topic))
+    format!("evt.{topic}.*")
 }
 
 /// What the keys of topics begin with.
@@ -71,7 +67,7 @@ mod tests {
 
     #[test]
     fn names_stay_apart_and_are_allowed() {
-        let topics = ["a", "a-1", "a.1", "a..1", "a.", "a_1", "a-1-1"].map(|name| Topic::new(name).unwrap());
+        let topics = ["a", "a-1", "a.1", "a.1.1", "a_1", "a-1-1"].map(|name| Topic::new(name).unwrap());
         let mut seen = std::collections::HashSet::new();
         for topic in &topics {
             for partition in [0, 1, 11] {
