@@ -30,7 +30,8 @@ pub(crate) async fn note(session: &Session, action: &str, details: Value) -> Out
         .with_content_type("application/json")
         .with_payload(body.to_string());
     let publisher = session.bus.transport().publisher().await?;
-    publisher.enqueue(&Topic::new(TOPIC)?, vec![entry]).await?.await.all()?;
+    let (topic, _) = session.own_topic(TOPIC).await?;
+    publisher.enqueue(&topic, vec![entry]).await?.await.all()?;
     Ok(())
 }
 

@@ -442,6 +442,22 @@ impl Session {
         self.bus.transport().admin().ok_or_else(missing)
     }
 
+    /// A topic of this program's own, which is made where the bus does not make topics on use: true if it was.
+    ///
+    /// # Errors
+    /// As the transport reports.
+    pub(crate) async fn own_topic(&self, name: &str) -> eventbus::Result<(eventbus::Topic, bool)> {
+        let topic = eventbus::Topic::new(name)?;
+        let is_new = match self.bus.transport().admin() {
+            Some(admin) if admin.topic(&topic).await?.is_none() => {
+                let spec = eventbus::admin::TopicSpec::new(topic.clone());
+                admin.declare(&spec.with_partitions(std::num::NonZeroU32::MIN)).await?
+            }
+            _ => false,
+        };
+        Ok((topic, is_new))
+    }
+
     /// The one gate of everything that writes.
     ///
     /// # Errors

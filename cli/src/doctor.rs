@@ -74,7 +74,7 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
         .iter()
         .filter(|info| info.topic.as_str().ends_with(".dlq"))
         .flat_map(|info| &info.partitions)
-        .map(|part| part.next.0 - part.first.0)
+        .map(|part| part.n_kept)
         .sum();
     check("dead letters", Ok(letters.to_string()));
     let groups = admin.groups(None).await?;
@@ -122,8 +122,17 @@ fn file_checks(path: &std::path::Path) -> Vec<(&'static str, Result<String, Stri
 /// One event all the way round.
 async fn canary(session: &Session) -> Result<Duration, String> {
     let text = |error: eventbus::Error| error.to_string();
-    let topic = Topic::new("_evt.doctor").map_err(text)?;
+    let (topic, is_ours) = session.own_topic("_evt.doctor").await.map_err(text)?;
     let group = Group::new(format!("doctor-{}", std::process::id())).map_err(text)?;
+    let took = fly(session, &topic, &group).await;
+    if is_ours && let Some(admin) = session.bus.transport().admin() {
+        admin.delete_topic(&topic).await.map_err(text)?;
+    }
+    took
+}
+
+async fn fly(session: &Session, topic: &Topic, group: &Group) -> Result<Duration, String> {
+    let text = |error: eventbus::Error| error.to_string();
     let transport = session.bus.transport();
     let consumer =
         transport.subscribe(&Subscription::group(topic.clone(), group.clone())).await.map_err(text)?;
@@ -131,7 +140,7 @@ async fn canary(session: &Session) -> Result<Duration, String> {
     let id = event.id().clone();
     let started = Instant::now();
     let publisher = transport.publisher().await.map_err(text)?;
-    publisher.enqueue(&topic, vec![event]).await.map_err(text)?.await.all().map_err(text)?;
+    publisher.enqueue(topic, vec![event]).await.map_err(text)?.await.all().map_err(text)?;
     let arrives = async {
         loop {
             if let Polled::Deliveries(deliveries) =
@@ -154,7 +163,7 @@ async fn canary(session: &Session) -> Result<Duration, String> {
         .map_err(|_| format!("nothing came within {PATIENCE:?}"))?;
     consumer.close(Instant::now() + PATIENCE).await.map_err(text)?;
     if let Some(admin) = transport.admin() {
-        admin.delete_group(&group, &topic).await.map_err(text)?;
+        admin.delete_group(group, topic).await.map_err(text)?;
     }
     took
 }

@@ -186,9 +186,8 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
                 let shown =
                     admin.topics().await?.into_iter().filter(|info| *internal || !is_internal(&info.topic));
                 let rows = shown.map(|info| {
-                    let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
-                    let ever: u64 = info.partitions.iter().map(|part| part.next.0).sum();
-                    row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept, "ever": ever}
+                    let kept: u64 = info.partitions.iter().map(|part| part.n_kept).sum();
+                    row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept}
                 });
                 Ok(rows.collect())
             };
@@ -201,7 +200,7 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
                 .ok_or_else(|| Failure::NotFound(format!("there is no topic {topic}")))?;
             let rows = info.partitions.iter().map(|part| {
                 row! {"topic": topic.as_str(), "partition": part.partition.0, "first": part.first.0, "next": part.next.0,
-                "kept": part.next.0 - part.first.0}
+                "kept": part.n_kept}
             });
             out.rows(rows.collect())
         }

@@ -123,6 +123,9 @@ pub(crate) struct Span {
     pub to: Offset,
 }
 
+/// Records that are read at once where events must be counted.
+const PAGE: usize = 256;
+
 impl Span {
     /// How many offsets it holds.
     pub(crate) fn len(&self) -> u64 {
@@ -163,14 +166,74 @@ async fn bound(
         Bound::Start => of.first,
         Bound::End => of.next,
         Bound::At(offset) => Offset(offset),
-        Bound::Last(n) => Offset(of.next.0.saturating_sub(n)),
-        Bound::Plus(n) => Offset(begin.0.saturating_add(n)),
+        Bound::Last(n) => last(admin, topic, of, n).await?,
+        Bound::Plus(n) if has_no_gaps(of) => Offset(begin.0.saturating_add(n)),
+        Bound::Plus(n) => {
+            let found = nth(admin, topic, of, begin.max(of.first), n).await?;
+            found.unwrap_or(of.next)
+        }
         Bound::PlusTime(_) => {
             return Err(Failure::Usage("a duration such as +30m needs a range that begins at a time".into()));
         }
         Bound::Time(time) => admin.offset_at(topic, of.partition, time).await?,
     };
     Ok(offset.clamp(of.first, of.next))
+}
+
+/// Whether as many events are kept as there are offsets.
+fn has_no_gaps(of: &PartitionInfo) -> bool {
+    of.n_kept >= of.next.0.saturating_sub(of.first.0)
+}
+
+/// The offset of the n-th event after the one at (or first behind) an offset; `None` if there are fewer.
+async fn nth(
+    admin: &dyn Admin,
+    topic: &Topic,
+    of: &PartitionInfo,
+    mut from: Offset,
+    mut n: u64,
+) -> Outcome<Option<Offset>> {
+    loop {
+        let page = admin.read(topic, of.partition, from, PAGE).await?;
+        let found = usize::try_from(n).ok().and_then(|n| page.get(n));
+        match (found, page.last()) {
+            (Some(found), _) => return Ok(Some(found.offset)),
+            (None, None) => return Ok(None),
+            (None, Some(last)) => {
+                n -= page.len() as u64;
+                from = Offset(last.offset.0 + 1);
+            }
+        }
+    }
+}
+
+/// The offset of the n-th last event. Where offsets have gaps they say nothing of how many events lie between them:
+/// then ever more is read, from ever further back.
+async fn last(admin: &dyn Admin, topic: &Topic, of: &PartitionInfo, n: u64) -> Outcome<Offset> {
+    if has_no_gaps(of) || n == 0 {
+        return Ok(Offset(of.next.0.saturating_sub(n)));
+    }
+    if n >= of.n_kept {
+        return Ok(of.first);
+    }
+    let mut back = n;
+    loop {
+        let from = Offset(of.next.0.saturating_sub(back)).max(of.first);
+        let (mut offsets, mut at) = (std::collections::VecDeque::new(), from);
+        loop {
+            let page = admin.read(topic, of.partition, at, PAGE).await?;
+            let Some(end) = page.last().map(|last| last.offset) else { break };
+            offsets.extend(page.iter().map(|record| record.offset));
+            while offsets.len() as u64 > n {
+                offsets.pop_front();
+            }
+            at = Offset(end.0 + 1);
+        }
+        if offsets.len() as u64 >= n || from == of.first {
+            return Ok(offsets.front().copied().unwrap_or(from));
+        }
+        back = back.saturating_mul(16);
+    }
 }
 
 #[cfg(test)]

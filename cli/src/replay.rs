@@ -234,7 +234,8 @@ impl Job {
             .with_content_type("application/json")
             .with_payload(body);
         let publisher = session.bus.transport().publisher().await?;
-        publisher.enqueue(&Topic::new(REPLAYS)?, vec![note]).await?.await.all()?;
+        let (topic, _) = session.own_topic(REPLAYS).await?;
+        publisher.enqueue(&topic, vec![note]).await?.await.all()?;
         Ok(())
     }
 

@@ -116,7 +116,7 @@ pub(crate) async fn run(session: &Session, command: &TopicCommand) -> Outcome {
                 .topic(topic)
                 .await?
                 .ok_or_else(|| Failure::NotFound(format!("there is no topic {topic}")))?;
-            let kept: u64 = info.partitions.iter().map(|part| part.next.0 - part.first.0).sum();
+            let kept: u64 = info.partitions.iter().map(|part| part.n_kept).sum();
             if !execute {
                 say!("would delete {topic} with {kept} events; add --execute to do it");
                 return Ok(());

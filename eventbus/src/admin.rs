@@ -84,14 +84,24 @@ pub struct PartitionInfo {
     pub partition: PartitionId,
     /// The first offset that is kept; equal to `next` when it is empty.
     pub first: Offset,
-    /// The offset that the next event gets.
+    /// The offset that the next event gets, or (where offsets have gaps) one that it does not get below.
     pub next: Offset,
+    /// How many events are kept. Where a broker does not count them (Kafka), how many offsets there are between
+    /// `first` and `next`, which is more where a topic is compacted or events were written in transactions.
+    pub n_kept: u64,
 }
 
 impl PartitionInfo {
-    /// Describes a partition.
+    /// Describes a partition whose offsets have no gaps.
     pub fn new(partition: PartitionId, first: Offset, next: Offset) -> Self {
-        Self { partition, first, next }
+        Self { partition, first, next, n_kept: next.0.saturating_sub(first.0) }
+    }
+
+    /// Says how many events are kept, where that is not what the offsets say.
+    #[must_use]
+    pub fn with_kept(mut self, n_kept: u64) -> Self {
+        self.n_kept = n_kept;
+        self
     }
 }
 

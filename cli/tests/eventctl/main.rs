@@ -1,6 +1,7 @@
 //! `eventctl` as a person and a script use it, on an SQLite file.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod brokers;
 mod care;
 mod filters;
 mod redrive;

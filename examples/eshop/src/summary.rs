@@ -192,8 +192,7 @@ pub async fn draw_up(bus: &Bus, shop: &Shop, counts: Counts, took: Duration) -> 
     summary.seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
     if let Some(admin) = bus.transport().admin() {
         let letters = admin.topics().await?.into_iter().filter(|info| info.topic.as_str().ends_with(".dlq"));
-        summary.dead_letters =
-            letters.flat_map(|info| info.partitions).map(|part| part.next.0 - part.first.0).sum();
+        summary.dead_letters = letters.flat_map(|info| info.partitions).map(|part| part.n_kept).sum();
     }
     let Summary { orders, paid, cancelled, revenue_cents, quantity_sold, stock, terminal_events, .. } =
         &summary;

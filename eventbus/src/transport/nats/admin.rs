@@ -42,6 +42,7 @@ impl Store {
         let partition = |(at, (_, info)): (usize, &(Stream, Info))| {
             let (first, next) = bounds(info);
             PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next))
+                .with_kept(info.state.messages)
         };
         let partitions = looks.iter().enumerate().map(partition).collect();
         let retention = Retention {

@@ -82,6 +82,7 @@ impl Store {
         let Some((streams, retention)) = self.look(topic).await? else { return Ok(None) };
         let partition = |(at, info): (usize, StreamInfo)| {
             PartitionInfo::new(PartitionId(at as u32), Offset(info.first), Offset(info.next))
+                .with_kept(info.length)
         };
         let partitions = streams.into_iter().enumerate().map(partition).collect();
         Ok(Some(TopicInfo::new(topic.clone(), partitions, retention)))
