@@ -175,7 +175,7 @@ fn binary<'a>(
                 "dataschema" => once(attribute, &mut schema, value)?,
                 "datacontenttype" => once(attribute, &mut media, value)?,
                 "dataversion" => once(attribute, &mut version, value)?,
-                PARTITION_KEY if !binding.has_key => partition_key = Some(value),
+                PARTITION_KEY if !binding.has_key => partition_key = Some((extensions.len(), value)),
                 other => extensions.push((Cow::Borrowed(other), value)),
             }
         } else if let Some(escaped) = name.strip_prefix(ESCAPED) {
@@ -222,14 +222,16 @@ fn binary<'a>(
     }
     let key = match (marked_key, partition_key) {
         (Some(key), attribute) => {
-            extensions.extend(attribute.map(|value| (Cow::Borrowed(PARTITION_KEY), value)));
+            if let Some((at, value)) = attribute {
+                extensions.insert(at, (Cow::Borrowed(PARTITION_KEY), value));
+            }
             Some(Bytes::copy_from_slice(key))
         }
-        (None, Some(attribute)) if has_no_key => {
-            extensions.push((Cow::Borrowed(PARTITION_KEY), attribute));
+        (None, Some((at, value))) if has_no_key => {
+            extensions.insert(at, (Cow::Borrowed(PARTITION_KEY), value));
             None
         }
-        (None, Some(attribute)) => Some(Bytes::copy_from_slice(attribute)),
+        (None, Some((_, attribute))) => Some(Bytes::copy_from_slice(attribute)),
         (None, None) => key,
     };
     if let Some(key) = key {
@@ -330,6 +332,7 @@ mod tests {
             full.clone().without_payload(),
             full.clone().with_extension("partitionkey", "other"),
             full.clone().without_key().with_extension("partitionkey", "other"),
+            full.clone().with_extension("partitionkey", "other").with_extension("after", "1"),
             full.clone().without_key(),
             full.clone().with_id(EventId::parse("not a uuid")),
         ];

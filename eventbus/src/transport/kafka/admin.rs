@@ -9,7 +9,7 @@ use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 
 use super::Kafka;
-use super::client::{Client, from_kafka, missing};
+use super::client::{Client, Quiet, from_kafka, missing};
 use super::record;
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -199,11 +199,16 @@ impl Client {
             return Ok(found);
         }
         self.with_reader(|reader| {
-            let mut place = TopicPartitionList::new();
-            place
-                .add_partition_offset(topic.as_str(), partition.0 as i32, KafkaOffset::Offset(from.0 as i64))
-                .map_err(from_kafka)?;
-            reader.assign(&place).map_err(from_kafka)?;
+            let assign = |reader: &BaseConsumer<Quiet>, at: u64| {
+                let mut place = TopicPartitionList::new();
+                let number = partition.0 as i32;
+                place
+                    .add_partition_offset(topic.as_str(), number, KafkaOffset::Offset(at as i64))
+                    .map_err(from_kafka)?;
+                reader.assign(&place).map_err(from_kafka)
+            };
+            assign(reader, from.0)?;
+            let mut is_at_end = false;
             let end = Instant::now() + self.options.timeout;
             let outcome = loop {
                 match reader.poll(Duration::from_millis(100)) {
@@ -214,6 +219,10 @@ impl Client {
                         }
                         let stored = record::stored(&message);
                         let offset = Offset(stored.offset);
+                        if found.last().is_some_and(|last: &Record| last.offset >= offset) {
+                            continue;
+                        }
+                        is_at_end = false;
                         found.push(Record::new(partition, offset, stored.stored_at, stored.content));
                         if found.len() == max || offset.0 + 1 >= next {
                             break Ok(());
@@ -221,7 +230,16 @@ impl Client {
                     }
                     // One of the range that this reader read before may still be on its way.
                     Some(Err(KafkaError::PartitionEOF(ended))) if ended != partition.0 as i32 => {}
-                    Some(Err(KafkaError::PartitionEOF(_))) => break Ok(()),
+                    // An end that is below the one that was asked for is believed the second time, after a look
+                    // from there: records that are no events, or were compacted, are never brought.
+                    Some(Err(KafkaError::PartitionEOF(_))) if is_at_end => break Ok(()),
+                    Some(Err(KafkaError::PartitionEOF(_))) => {
+                        is_at_end = true;
+                        let at = found.last().map_or(from.0, |last: &Record| last.offset.0 + 1);
+                        if let Err(error) = assign(reader, at) {
+                            break Err(error);
+                        }
+                    }
                     Some(Err(error)) if from_kafka(error.clone()).is_retryable() => {}
                     Some(Err(error)) => break Err(from_kafka(error)),
                     None => {}

@@ -106,12 +106,15 @@ pub(super) fn headers(event: &Envelope) -> Result<(HeaderMap, usize)> {
             _ => failed = true,
         };
     write(&BINDING, event, |name, value| {
-        if PLAIN.contains(&name) {
+        // Of an extension of that name its place matters.
+        let is_extension = name == "ce-partitionkey" && event.extensions().get("partitionkey").is_some();
+        if PLAIN.contains(&name) && !is_extension {
             match std::str::from_utf8(value) {
                 // Of media types the binding says that they stay as they are.
                 Ok(media) if name == "content-type" && !media.is_empty() && media.trim() == media => {
                     append(name, media);
                 }
+                _ if name == "content-type" => append("ce-datacontenttype", &coded(value)),
                 _ => append(name, &coded(value)),
             }
         } else {
