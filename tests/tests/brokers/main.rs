@@ -3,6 +3,7 @@
 //! A broker is taken from the environment (`EVENTBUS_POSTGRES_URL` and so on), or from `cargo xtask brokers up`, or
 //! started here.
 
+mod nats_foreign;
 mod round_trip;
 
 use eventbus::conformance::run_as_test;

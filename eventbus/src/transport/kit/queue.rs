@@ -199,6 +199,11 @@ pub(crate) struct Ending {
 }
 
 impl Ending {
+    /// Whether somebody waits for it.
+    pub(crate) fn is_awaited(&self) -> bool {
+        !self.flushed.is_empty()
+    }
+
     /// Whether nothing comes after the round.
     pub(crate) fn is_last(&self) -> bool {
         self.is_last

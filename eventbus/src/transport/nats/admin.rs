@@ -5,11 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::stream::{Info, Stream};
 use async_trait::async_trait;
-use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
+use futures_util::{FutureExt as _, StreamExt as _};
 
 use super::leases::{CursorDoc, GroupDoc};
-use super::store::{Held, Store, damaged, missing, since, unavailable};
+use super::store::{Held, Store, TopicDoc, damaged, missing, since, unavailable};
 use super::{MAX_PARTITIONS, Nats, message, names};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -20,6 +20,8 @@ use crate::partition::{self, PartitionId};
 const READ_AT_ONCE: usize = 256;
 /// Between the news of an event and its place in the stream.
 const SOON: Duration = Duration::from_millis(2);
+/// How often a topic is looked at that says nothing.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// First and next offset of a stream.
 fn bounds(info: &Info) -> (u64, u64) {
@@ -56,7 +58,7 @@ impl Store {
         let mut found = Vec::new();
         for key in self.keys(names::TOPICS).await? {
             let name = names::unflat(key.strip_prefix(names::TOPICS).unwrap_or_default());
-            // A mark of deletion stays for a while.
+            // One that is being made or deleted is none.
             let topic = Topic::new(name)?;
             if self.declared(&topic).await?.is_some() {
                 found.push(topic);
@@ -85,7 +87,7 @@ impl Store {
             Some(group) => vec![names::group(topic, group.as_str())],
             None => self.keys(&prefix).await?,
         };
-        let mut found = Vec::new();
+        let (mut found, now) = (Vec::new(), self.clock().now());
         for key in keys {
             let group = Group::new(names::unflat(key.strip_prefix(&prefix).unwrap_or_default()))?;
             let Some(Held { value: doc, .. }) = self.get::<GroupDoc>(&key).await? else { continue };
@@ -94,10 +96,11 @@ impl Store {
             for (at, ((_, info), cursor)) in looks.iter().zip(cursors).enumerate() {
                 let (first, next) = bounds(info);
                 let floor = cursor.value.floor;
-                let settled_above =
-                    cursor.value.past.values().filter(|past| past.attempt == 0).count() as u64;
+                let above = cursor.value.past.range(floor.max(first)..);
+                let settled_above = above.filter(|(_, past)| past.attempt == 0).count() as u64;
                 let lag = next.saturating_sub(floor.max(first)).saturating_sub(settled_above);
                 let owner = doc.shares.get(at).and_then(|(owner, _)| doc.members.get(&(*owner)?));
+                let owner = owner.filter(|member| member.until >= now);
                 let (partition, floor, end) = (PartitionId(at as u32), Offset(floor), Offset(next));
                 found.push(
                     GroupInfo::new(group.clone(), topic.clone(), partition, floor, end, lag)
@@ -170,7 +173,12 @@ impl Admin for Nats {
     async fn topics(&self) -> Result<Vec<TopicInfo>> {
         let mut found = Vec::new();
         for topic in self.store.all().await? {
-            found.extend(self.store.describe(&topic).await?);
+            match self.store.describe(&topic).await {
+                Ok(info) => found.extend(info),
+                // Deleted since it was listed.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(found)
     }
@@ -182,19 +190,21 @@ impl Admin for Nats {
     async fn delete_topic(&self, topic: &Topic) -> Result<()> {
         let (topic, store) = (topic.clone(), self.store.clone());
         let work = async move {
-            let n_partitions = store.existing(&topic).await?;
+            let key = names::topic(&topic);
+            let found = store.get::<TopicDoc>(&key).await?.ok_or_else(|| missing(&topic))?;
             store.forget(&topic);
-            let groups = store.keys(&names::groups(&topic)).await?;
-            // First what members hear.
-            store.remove(groups.iter().cloned()).await?;
-            try_join_all((0..n_partitions).map(|partition| store.delete_stream(&topic, partition))).await?;
-            let prefix = names::groups(&topic);
-            for group in &groups {
-                let name = names::unflat(group.strip_prefix(&prefix).unwrap_or_default());
-                let cursors = (0..n_partitions).map(|partition| names::cursor(&topic, &name, partition));
-                store.remove(cursors).await?;
-            }
-            store.remove(std::iter::once(names::topic(&topic))).await
+            // From here on nobody finds it; what is left undone, the next try does.
+            let leaving = TopicDoc { is_ready: false, ..found.value };
+            let revision = store.set(&key, &leaving, found.revision).await?.ok_or_else(changed_meanwhile)?;
+            // Members hear that.
+            store.remove(store.keys(&names::groups(&topic)).await?.into_iter()).await?;
+            let deleting = (0..leaving.partitions).map(|partition| store.delete_stream(&topic, partition));
+            try_join_all(deleting).await?;
+            // Those of members that were on their way in.
+            store.remove(store.keys(&names::groups(&topic)).await?.into_iter()).await?;
+            store.clear(&names::cursors(&topic)).await?;
+            store.remove_at(&key, revision).await?.ok_or_else(changed_meanwhile)?;
+            store.clear(&key).await
         };
         self.store.tasks.run(work).await
     }
@@ -210,13 +220,17 @@ impl Admin for Nats {
     }
 
     async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>> {
+        let is_one = topic.is_some();
         let topics = match topic {
             Some(topic) => vec![topic.clone()],
             None => self.store.all().await?,
         };
         let mut found = Vec::new();
         for topic in topics {
-            found.extend(self.store.positions(&topic, None).await?);
+            match self.store.positions(&topic, None).await {
+                Err(error) if error.kind() == ErrorKind::NotFound && !is_one => {}
+                positions => found.extend(positions?),
+            }
         }
         found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
         Ok(found)
@@ -227,12 +241,23 @@ impl Admin for Nats {
     }
 
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
-        let n_partitions = self.store.existing(topic).await?;
-        let found = self.store.idle_group(group, topic).await?;
-        let key = names::group(topic, group.as_str());
-        self.store.remove_at(&key, found.revision).await?.ok_or_else(changed_meanwhile)?;
-        let cursors = (0..n_partitions).map(|partition| names::cursor(topic, group.as_str(), partition));
-        self.store.remove(cursors).await
+        let (group, topic, store) = (group.clone(), topic.clone(), self.store.clone());
+        let work = async move {
+            let n_partitions = store.existing(&topic).await?;
+            let found = store.idle_group(&group, &topic).await?;
+            let key = names::group(&topic, group.as_str());
+            store.remove_at(&key, found.revision).await?.ok_or_else(changed_meanwhile)?;
+            for partition in 0..n_partitions {
+                let key = names::cursor(&topic, group.as_str(), partition);
+                // One of a new group of this name stays.
+                let cursor = store.get::<CursorDoc>(&key).await?;
+                if let Some(cursor) = cursor.filter(|cursor| cursor.value.group == found.value.id) {
+                    store.remove_at(&key, cursor.revision).await?;
+                }
+            }
+            Ok(())
+        };
+        self.store.tasks.run(work).await
     }
 
     async fn seek(&self, group: &Group, topic: &Topic, partition: PartitionId, to: Offset) -> Result<()> {
@@ -240,11 +265,16 @@ impl Admin for Nats {
         let (first, next) = bounds(&info);
         let Held { value: mut doc, revision } = self.store.idle_group(group, topic).await?;
         let Held { mut value, revision: at } = self.store.cursor(topic, group, &doc, partition.0).await?;
-        // A member that joins meanwhile changes the group, or takes the position under an epoch of its own.
+        // A member that joins meanwhile changes the group, or takes the position under an epoch of its own; one that
+        // was declared dead and wakes finds an epoch that is not its own.
+        let share = doc.shares.get_mut(partition.0 as usize).ok_or_else(changed_meanwhile)?;
+        let epoch = share.1.wrapping_add(1);
+        *share = (None, epoch);
         doc.generation += 1;
         let key = names::group(topic, group.as_str());
         self.store.set(&key, &doc, revision).await?.ok_or_else(changed_meanwhile)?;
-        (value.floor, value.past) = (to.0.clamp(first, next), std::collections::BTreeMap::new());
+        (value.epoch, value.floor) = (epoch, to.0.clamp(first, next));
+        value.past.clear();
         let key = names::cursor(topic, group.as_str(), partition.0);
         self.store.set(&key, &value, at).await?.ok_or_else(changed_meanwhile)?;
         Ok(())
@@ -295,7 +325,7 @@ impl Admin for Nats {
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {
         self.store.existing(topic).await?;
         // Heard before the first look; a message is heard a moment before it has its place.
-        let mut news = self.store.client.subscribe(names::subjects(topic)).await.map_err(unavailable)?;
+        let mut news = self.store.subscribe(names::subjects(topic)).await?;
         let waiting = async {
             loop {
                 let looks = positions.iter().map(|(partition, _)| self.store.look(topic, partition.0));
@@ -303,8 +333,14 @@ impl Admin for Nats {
                 let is_there = looks.iter().zip(positions).any(|(look, (_, from))| {
                     look.as_ref().is_none_or(|(_, info)| info.state.last_sequence >= from.0.max(1))
                 });
-                if is_there || news.next().await.is_none() {
+                if is_there {
                     return Ok(());
+                }
+                // In between also without news: the last look may have been too early.
+                match tokio::time::timeout(LOOK_AGAIN, news.next()).await {
+                    Ok(None) => return Ok(()),
+                    Ok(Some(_)) => while news.next().now_or_never().flatten().is_some() {},
+                    Err(_) => {}
                 }
                 tokio::time::sleep(SOON).await;
             }

@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 
 use super::names;
 use super::reader::{Next, Reader};
-use super::store::{Clock, Held, Store, unavailable};
+use super::store::{Clock, Held, Store, missing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
@@ -141,7 +141,10 @@ pub(super) struct Membership {
     is_broadcast: bool,
     /// Rings for events, and for changes of the group.
     bell: watch::Sender<u64>,
+    /// As the last look found it.
     generation: AtomicU64,
+    /// Whether a message said otherwise: it may have been refused, so a look must say what is true.
+    has_news: AtomicBool,
     is_gone: AtomicBool,
     /// What is ours.
     owned: Mutex<BTreeMap<u32, Owned>>,
@@ -270,7 +273,11 @@ impl leased::Store for Store {
                 Ok(Next::Events(rows)) if rows.is_empty() => {}
                 Ok(Next::Events(rows)) => fetched.push(Fetched { wanted, first: wanted.from, rows }),
                 Ok(Next::Hole(first)) => fetched.push(Fetched { wanted, first, rows: Vec::new() }),
-                Ok(Next::Gone) => return Ok(None),
+                Ok(Next::Gone) => {
+                    drop(owned);
+                    group.end();
+                    return Ok(None);
+                }
                 Err(error) => outcome = Err(error),
             }
         }
@@ -278,15 +285,21 @@ impl leased::Store for Store {
         if fetched.is_empty() {
             outcome?;
         }
-        Ok(Some(Look { generation: group.generation.load(Atomic::Acquire), fetched }))
+        // No generation is this one: then the group is looked at.
+        let has_news = group.has_news.swap(false, Atomic::AcqRel);
+        let generation = if has_news { u64::MAX } else { group.generation.load(Atomic::Acquire) };
+        Ok(Some(Look { generation, fetched }))
     }
 
     async fn save(self: &Arc<Self>, seat: &Seat, progress: Arc<[Progress]>) -> Result<Vec<u32>> {
-        let clock = self.clock();
-        let saving = progress.iter().map(|part| self.save_one(&seat.group, part, &clock));
-        let lost: Vec<_> = try_join_all(saving).await?.into_iter().flatten().collect();
-        seat.group.disown(&lost);
-        Ok(lost)
+        let (store, group) = (self.clone(), seat.group.clone());
+        self.tasks
+            .run(async move {
+                let clock = store.clock();
+                let saving = progress.iter().map(|part| store.save_one(&group, part, &clock));
+                Ok(try_join_all(saving).await?.into_iter().flatten().collect())
+            })
+            .await
     }
 
     async fn release(self: &Arc<Self>, seat: &Seat, partitions: Vec<u32>) -> Result<()> {
@@ -370,6 +383,8 @@ impl Store {
 
     async fn enter(self: &Arc<Self>, subscription: &Subscription) -> Result<Seat> {
         let topic = &subscription.topic;
+        // Not what is remembered: a group is made for as many partitions as there are.
+        self.forget(topic);
         let n_partitions = self.partitions(topic).await?;
         let member = fastrand::u64(1..);
         let (name, is_broadcast) = match &subscription.audience {
@@ -382,6 +397,7 @@ impl Store {
             is_broadcast,
             bell: watch::Sender::new(0),
             generation: AtomicU64::new(0),
+            has_news: AtomicBool::new(false),
             is_gone: AtomicBool::new(false),
             owned: Mutex::default(),
             listening: None,
@@ -397,9 +413,24 @@ impl Store {
         }
         let key = membership.key();
         // Changes are heard before the first look.
-        let mut changes = self.client.subscribe(names::changes(&key)).await.map_err(unavailable)?;
+        let mut changes = self.subscribe(names::changes(&key)).await?;
         for _ in 0..TRIES {
-            if self.sit(&key, member).await? {
+            if let Some(doc) = self.sit(&key, member).await? {
+                // Deleted meanwhile: what was just made must not be found by a topic of the same name.
+                let declared = self.declared(topic).await?.map(|declared| declared.partitions);
+                if declared != Some(doc.shares.len() as u32) {
+                    self.change_group(&key, |doc, _| _ = doc.members.remove(&member)).await?;
+                    return Err(match declared {
+                        None => missing(topic),
+                        Some(found) => Error::new(
+                            ErrorKind::Conflict,
+                            "the group was made for another number of partitions: delete it",
+                        )
+                        .with("topic", topic)
+                        .with("group", doc.shares.len())
+                        .with("found", found),
+                    });
+                }
                 let group = Arc::new_cyclic(|weak: &std::sync::Weak<Membership>| {
                     let weak = weak.clone();
                     let listening = tokio::spawn(async move {
@@ -426,13 +457,13 @@ impl Store {
         Err(Error::new(ErrorKind::Unavailable, "others delete the group all the time"))
     }
 
-    /// Enters a member into a group; false if there is no such group.
-    async fn sit(&self, key: &str, member: u64) -> Result<bool> {
-        let sat = self.change_group(key, |doc, clock| {
+    /// Enters a member into a group; `None` if there is no such group.
+    async fn sit(&self, key: &str, member: u64) -> Result<Option<GroupDoc>> {
+        let sat = self.change_group(key, |doc: &mut GroupDoc, clock: &Clock| {
             doc.members.insert(member, self.member(clock));
             doc.generation += 1;
         });
-        Ok(sat.await?.is_some())
+        Ok(sat.await?.map(|(doc, ())| doc))
     }
 
     /// The offset in each partition that a start means.
@@ -500,7 +531,11 @@ impl Store {
             }
             (member, steps, lost)
         });
-        let (doc, (member, steps, mut lost)) = changing.await?;
+        let changed = changing.await;
+        if changed.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+            group.end();
+        }
+        let (doc, (member, steps, mut lost)) = changed?;
         group.generation.store(doc.generation, Atomic::Release);
         let (mut taking, mut to_release) = (Vec::new(), Vec::new());
         for (share, step) in doc.shares().into_iter().zip(steps) {
@@ -614,7 +649,14 @@ impl Store {
                 Some(found) if found.value.epoch == part.epoch && found.value.group == known.value.group => {
                     revision = found.revision;
                 }
-                _ => return Ok(Some(part.partition)),
+                _ => {
+                    group
+                        .owned
+                        .lock()
+                        .extract_if(part.partition..=part.partition, |_, of| of.epoch == part.epoch)
+                        .for_each(drop);
+                    return Ok(Some(part.partition));
+                }
             }
         }
         Err(Error::new(ErrorKind::Unavailable, "the position could not be stored"))
@@ -638,15 +680,22 @@ impl Store {
 }
 
 impl Membership {
-    /// Takes in a change of the group.
+    /// Takes in what somebody wrote of the group, or tried to.
     fn hear(&self, payload: &[u8]) {
-        let is_news = match serde_json::from_slice::<GroupDoc>(payload) {
-            Ok(doc) => self.generation.swap(doc.generation, Atomic::AcqRel) != doc.generation,
-            // A mark of deletion has no body; what else cannot be read, the next look reports.
-            Err(_) => payload.is_empty() && !self.is_gone.swap(true, Atomic::AcqRel),
-        };
-        if is_news {
-            self.bell.send_modify(|n| *n += 1);
+        let generation = serde_json::from_slice::<GroupDoc>(payload).map(|doc| doc.generation).ok();
+        if generation != Some(self.generation.load(Atomic::Acquire)) {
+            self.has_news.store(true, Atomic::Release);
+            self.ring();
         }
+    }
+
+    fn ring(&self) {
+        self.bell.send_modify(|n| *n += 1);
+    }
+
+    /// Notes that there is no group, or no topic, any more.
+    fn end(&self) {
+        self.is_gone.store(true, Atomic::Release);
+        self.ring();
     }
 }

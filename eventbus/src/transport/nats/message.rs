@@ -4,7 +4,7 @@
 //! percent-encoded (CloudEvents 1.0.2, NATS binding section 3.1.3.2), and where an event has headers or extensions of
 //! its own, one header lists their names in order; those are percent-encoded too.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
@@ -135,17 +135,24 @@ pub(super) fn headers(event: &Envelope) -> Result<(HeaderMap, usize)> {
     Ok((headers, n_bytes))
 }
 
+/// The id under which the server knows a repetition: source and id, which no other pair shares.
+pub(super) fn id(event: &Envelope) -> String {
+    format!("{} {}", coded(event.source().as_bytes()), coded(event.id().to_string().as_bytes()))
+}
+
 /// Reads what a message holds.
 pub(super) fn content(headers: Option<&HeaderMap>, payload: Bytes) -> Content {
     let mut pairs: Vec<(String, Vec<u8>)> = Vec::new();
     if let Some(headers) = headers {
-        let order = headers.get(ORDER).map(|order| order.as_str().split(',').collect::<Vec<_>>());
+        // The last: an extension may have this name too.
+        let order = headers.get_last(ORDER).map(|order| order.as_str().split(',').collect::<Vec<_>>());
         let order = order.unwrap_or_default();
+        let ordered: HashSet<&str> = order.iter().copied().collect();
         let mut own: HashMap<&str, std::vec::IntoIter<&HeaderValue>> = HashMap::new();
         let mut rest: Vec<(&str, &HeaderValue)> = Vec::new();
         for (name, values) in headers.iter() {
             let name: &str = name.as_ref();
-            if order.contains(&name) {
+            if ordered.contains(name) {
                 own.insert(name, values.iter().collect::<Vec<_>>().into_iter());
             } else if name != ORDER {
                 rest.extend(values.iter().map(|value| (name, value)));
@@ -183,6 +190,7 @@ mod tests {
             .with_extension("correlationid", "c d")
             .with_extension("abc", "1")
             .with_extension("evt-attempt", "2")
+            .with_extension("evt-order", "a, b")
             .with_header("zeta", "1")
             .with_header("Alpha", "2 %41")
             .with_header("zeta", "")

@@ -151,8 +151,8 @@ impl Options {
         if self.partitions == 0 || self.partitions > MAX_PARTITIONS {
             return Err(Error::config("partitions must be 1 to 1024"));
         }
-        if !matches!(self.replicas, 1..=5) {
-            return Err(Error::config("replicas must be 1 to 5"));
+        if !matches!(self.replicas, 1 | 3 | 5) {
+            return Err(Error::config("replicas must be 1, 3 or 5"));
         }
         if self.max_event_bytes.is_some_and(|bytes| bytes == 0 || bytes > MAX_WAITING_BYTES) {
             return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
@@ -160,14 +160,15 @@ impl Options {
         if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
             return Err(Error::config("session must be 100ms to 1h"));
         }
-        if self.timeout.is_zero() {
-            return Err(Error::config("timeout must be longer than zero"));
+        if self.timeout.is_zero() || self.timeout > Duration::from_secs(3600) {
+            return Err(Error::config("timeout must be longer than zero, and 1h at most"));
         }
-        // What the server takes for a stream's window and age.
-        let is_short =
-            |bound: Option<Duration>| bound.is_some_and(|bound| bound < Duration::from_millis(100));
+        let is_short = |bound: Option<Duration>| bound.is_some_and(|bound| bound < store::SHORTEST);
         if is_short(self.dedup) || is_short(self.retention) {
             return Err(Error::config("dedup and retention must be 100ms or more, or off"));
+        }
+        if self.dedup.zip(self.retention).is_some_and(|(dedup, retention)| dedup > retention) {
+            return Err(Error::config("dedup must not be longer than retention"));
         }
         Ok(())
     }

@@ -56,6 +56,11 @@ pub(super) fn cursor(topic: &Topic, group: &str, partition: u32) -> String {
     format!("c.{}.{}.{partition}", flat(topic.as_str()), flat(group))
 }
 
+/// All positions of all groups of a topic.
+pub(super) fn cursors(topic: &Topic) -> String {
+    format!("c.{}.>", flat(topic.as_str()))
+}
+
 /// The subject on which changes of a key are published.
 pub(super) fn changes(key: &str) -> String {
     format!("$KV.{BUCKET}.{key}")

@@ -24,6 +24,10 @@ const BATCH: usize = 256;
 const HEARTBEAT: Duration = Duration::from_secs(5);
 /// For how long one request for events stands.
 const EXPIRES: Duration = Duration::from_secs(30);
+/// A silence in which what was announced should have come.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How often reading fails at one place before its event is fetched by itself.
+const ALONE_AFTER: u32 = 3;
 /// When a reader that failed is tried again.
 const AGAIN: Duration = Duration::from_millis(200);
 
@@ -86,7 +90,7 @@ impl Reader {
     pub(super) fn take(&mut self, max: usize, max_bytes: usize) -> Result<Next> {
         let mut found = self.ahead.found.lock();
         let (mut events, mut n_bytes) = (Vec::new(), 0);
-        while events.len() < max && n_bytes < max_bytes {
+        while events.is_empty() || (events.len() < max && n_bytes < max_bytes) {
             match found.items.pop_front() {
                 Some(Item::Event(stored)) => {
                     n_bytes += stored.content.size_bytes();
@@ -127,8 +131,19 @@ impl Reading {
         let mut next = from.max(1);
         let mut consumer = None;
         let reading = async {
+            // Where reading failed last, and how often.
+            let (mut at, mut n_failed) = (0, 0);
             loop {
-                match self.read(&mut next, &mut consumer).await {
+                let read = self.read(&mut next, &mut consumer).await;
+                n_failed = if next == at { n_failed + 1 } else { 0 };
+                at = next;
+                if n_failed >= ALONE_AFTER {
+                    n_failed = 0;
+                    if let Err(error) = self.take_alone(&mut next).await {
+                        tracing::debug!(%error, topic = %self.topic, partition = self.partition, "reading anew");
+                    }
+                }
+                match read {
                     Ok(true) => {}
                     Ok(false) => return self.put(Item::Gone),
                     Err(error) if error.is_retryable() => {
@@ -167,6 +182,7 @@ impl Reading {
 
     /// Reads until that fails (an error that may be retried), ends, or the stream is gone (false).
     async fn read(&self, next: &mut u64, name: &mut Option<String>) -> Result<bool> {
+        let mut connections = self.store.connections.subscribe();
         let Some((stream, info)) = self.store.look(&self.topic, self.partition).await? else {
             return Ok(false);
         };
@@ -188,16 +204,33 @@ impl Reading {
         let mut messages = consumer
             .stream()
             .max_messages_per_batch(BATCH)
-            // Never below one event, or it could not be read.
-            .max_bytes_per_batch(MAX_BYTES_AHEAD.max(self.store.client.max_payload() + (64 << 10)))
+            .max_bytes_per_batch(self.store.max_bytes_at_once())
             .heartbeat(HEARTBEAT)
             .expires(EXPIRES)
             .messages()
             .await
             .map_err(unavailable)?;
-        let mut due = 1;
-        while let Some(message) = messages.next().await {
-            let message = message.map_err(unavailable)?;
+        let (mut due, mut n_pending) = (1, info.state.last_sequence.saturating_sub(*next - 1));
+        loop {
+            let next_one = tokio::time::timeout(SILENCE, messages.next());
+            let found = tokio::select! {
+                found = next_one => found,
+                _ = connections.changed() => {
+                    return Err(Error::new(ErrorKind::Unavailable, "the connection is another"));
+                }
+            };
+            let message = match found {
+                Ok(Some(message)) => message.map_err(unavailable)?,
+                Ok(None) => return Ok(true),
+                // What was there does not come: it may have been removed, up to the end.
+                Err(_) if n_pending > 0 => {
+                    let state = stream.get_info().await.map_err(unavailable)?.state;
+                    self.pass_hole(next, state.first_sequence);
+                    n_pending = state.last_sequence.saturating_sub(*next - 1);
+                    continue;
+                }
+                Err(_) => continue,
+            };
             let place = message.info().map_err(|error| {
                 Error::new(ErrorKind::Unavailable, "a message that does not say where it stands")
                     .caused_by(error)
@@ -206,7 +239,7 @@ impl Reading {
             if place.consumer_sequence != due {
                 return Err(Error::new(ErrorKind::Unavailable, "an event was lost on its way"));
             }
-            due += 1;
+            (due, n_pending) = (due + 1, place.pending);
             let (offset, stored_at) = (place.stream_sequence, place.published.into());
             if offset < *next {
                 continue;
@@ -222,7 +255,16 @@ impl Reading {
             self.put(Item::Event(Stored { offset: at, stored_at, content }));
             *next = offset + 1;
         }
-        Ok(true)
+    }
+
+    /// Takes one event by itself, which the flow of messages did not bring: a foreign program may have written headers
+    /// that the client does not read, and it would begin anew for ever.
+    async fn take_alone(&self, next: &mut u64) -> Result<()> {
+        if let Some(stored) = self.store.alone(&self.topic, self.partition, *next).await? {
+            self.put(Item::Event(stored));
+            *next += 1;
+        }
+        Ok(())
     }
 
     /// Notes that everything below `first` was removed, if some of that was not read.

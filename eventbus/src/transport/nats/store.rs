@@ -1,25 +1,34 @@
 //! One account of a NATS server: topics, the bucket in which groups are kept, and what errors mean.
 
 use std::collections::HashMap;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant as StdInstant, SystemTime, UNIX_EPOCH};
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
-use async_nats::jetstream::kv::{self, CreateErrorKind, Operation, UpdateErrorKind};
-use async_nats::jetstream::stream::{Config, Info, StorageType, Stream};
+use async_nats::jetstream::kv::{self, CreateErrorKind, UpdateErrorKind};
+use async_nats::jetstream::stream::{Config, Info, RawMessageErrorKind, StorageType, Stream};
 use async_nats::jetstream::{self, Context, ErrorCode, context};
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr};
+use async_nats::{
+    Client, ConnectErrorKind, ConnectOptions, Event, HeaderMap, HeaderName, HeaderValue, ServerAddr,
+    Subscriber,
+};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{Options, names, publisher};
+use super::{Options, message, names, publisher};
 use crate::admin::Retention;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
+use crate::time::from_rfc3339;
+use crate::transport::kit::leased::Stored;
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
 use crate::url::Url;
@@ -40,6 +49,8 @@ pub(super) struct Store {
     pub(super) place: String,
     pub(super) queue: Arc<Queue>,
     topics: Mutex<HashMap<Topic, (u32, StdInstant)>>,
+    /// Changes with every new connection: what was on its way to us on the last one is lost.
+    pub(super) connections: watch::Sender<u64>,
     clock: Mutex<Clock>,
     pub(super) tasks: Tasks,
 }
@@ -48,6 +59,8 @@ pub(super) struct Store {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct TopicDoc {
     pub(super) partitions: u32,
+    /// Whether all its streams are there; a topic that is not ready is none.
+    pub(super) is_ready: bool,
     /// Milliseconds.
     pub(super) max_age: Option<u64>,
     pub(super) max_events: Option<u64>,
@@ -90,7 +103,11 @@ pub(super) fn millis_of(time: SystemTime) -> u64 {
 }
 
 /// Where, as whom and how to connect.
-fn connection(url: &Url, options: &Options) -> Result<(Vec<ServerAddr>, ConnectOptions, String)> {
+fn connection(
+    url: &Url,
+    options: &Options,
+    connections: watch::Sender<u64>,
+) -> Result<(Vec<ServerAddr>, ConnectOptions, String)> {
     let place = url.authority(4222)?;
     if !place.path.is_empty() {
         return Err(Error::config("nats:// takes hosts only: nats://user:password@host:port"));
@@ -107,7 +124,14 @@ fn connection(url: &Url, options: &Options) -> Result<(Vec<ServerAddr>, ConnectO
         .name("eventbus")
         .connection_timeout(options.timeout)
         .request_timeout(Some(options.timeout))
-        .event_callback(|event| async move { tracing::debug!(%event, "NATS") });
+        // A connection that is dead and says nothing is given up after three.
+        .ping_interval((options.session / 3).clamp(Duration::from_millis(500), Duration::from_secs(5)))
+        .event_callback(move |event| {
+            if matches!(event, Event::Connected) {
+                connections.send_modify(|n| *n += 1);
+            }
+            async move { tracing::debug!(%event, "NATS") }
+        });
     settings = match (place.user, place.password) {
         (Some(user), Some(password)) => settings.user_and_password(user.to_owned(), password.to_owned()),
         (Some(token), None) => settings.token(token.to_owned()),
@@ -135,7 +159,8 @@ fn connection(url: &Url, options: &Options) -> Result<(Vec<ServerAddr>, ConnectO
 
 impl Store {
     pub(super) async fn open(url: &Url, options: Options) -> Result<Arc<Self>> {
-        let (addresses, settings, place) = connection(url, &options)?;
+        let connections = watch::Sender::new(0);
+        let (addresses, settings, place) = connection(url, &options, connections.clone())?;
         let opening = async {
             let client = settings.connect(addresses).await.map_err(|error| match error.kind() {
                 ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => Error::new(
@@ -177,6 +202,7 @@ impl Store {
             place,
             queue,
             topics: Mutex::default(),
+            connections,
             clock: Mutex::new(clock),
             tasks: Tasks::default(),
         });
@@ -192,7 +218,8 @@ impl Store {
     pub(super) async fn close(&self) {
         self.queue.stop().await;
         self.tasks.end().await;
-        if let Err(error) = self.client.drain().await {
+        let draining = async { self.client.drain().await.map_err(unavailable) };
+        if let Err(error) = self.within(draining).await {
             tracing::debug!(%error, "the connection was closed before");
         }
     }
@@ -208,89 +235,119 @@ impl Store {
         Ok(())
     }
 
-    /// The value of a key, and the revision for its next change.
+    /// Bounds what the client would wait for without end while it has no connection.
+    pub(super) async fn within<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::time::timeout(self.options.timeout, work)
+            .await
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "the server did not answer in time")))
+    }
+
+    /// Hears what is published on a subject.
+    pub(super) async fn subscribe(&self, subject: String) -> Result<Subscriber> {
+        self.within(async { self.client.subscribe(subject).await.map_err(unavailable) }).await
+    }
+
+    /// The value of a key, and the revision for its next change. Asks the leader: a copy may be behind.
     pub(super) async fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<Held<T>>> {
-        let entry = self.bucket.entry(key).await.map_err(|error| match error.kind() {
-            kv::EntryErrorKind::TimedOut => Error::new(ErrorKind::Unavailable, "no answer").caused_by(error),
-            _ => Error::new(ErrorKind::Unavailable, "what is kept of a topic could not be read")
-                .caused_by(error),
-        })?;
-        let Some(entry) = entry.filter(|entry| entry.operation == Operation::Put) else { return Ok(None) };
-        let value = serde_json::from_slice(&entry.value).map_err(|error| damaged(key).caused_by(error))?;
-        Ok(Some(Held { value, revision: entry.revision }))
+        let looking = async {
+            match self.bucket.stream.get_last_raw_message_by_subject(&names::changes(key)).await {
+                Ok(found) => Ok(Some(found)),
+                Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+                Err(error) => Err(unavailable(error).with("key", key)),
+            }
+        };
+        // A mark of deletion has no body.
+        let Some(found) = self.within(looking).await?.filter(|found| !found.payload.is_empty()) else {
+            return Ok(None);
+        };
+        let value = serde_json::from_slice(&found.payload).map_err(|error| damaged(key).caused_by(error))?;
+        Ok(Some(Held { value, revision: found.sequence }))
     }
 
     /// Writes a key if nobody changed it meanwhile; `None` = somebody did. Returns the new revision.
     pub(super) async fn set<T: Serialize>(&self, key: &str, value: &T, revision: u64) -> Result<Option<u64>> {
-        let value = serde_json::to_vec(value).map_err(|error| damaged(key).caused_by(error))?;
-        let lost = |error| Error::new(ErrorKind::Unavailable, "a change was not confirmed").caused_by(error);
-        if revision == 0 {
-            return match self.bucket.create(key, Bytes::from(value)).await {
+        let value = Bytes::from(serde_json::to_vec(value).map_err(|error| damaged(key).caused_by(error))?);
+        self.within(async {
+            if revision > 0 {
+                return self.written(self.bucket.update(key, value, revision).await);
+            }
+            match self.bucket.create(key, value).await {
                 Ok(revision) => Ok(Some(revision)),
                 Err(error) if error.kind() == CreateErrorKind::AlreadyExists => Ok(None),
-                Err(error) => Err(lost(error.to_string())),
-            };
-        }
-        match self.bucket.update(key, Bytes::from(value), revision).await {
-            Ok(revision) => Ok(Some(revision)),
+                Err(error) if is_conflict(&error) => Ok(None),
+                Err(error) => Err(unavailable(error)),
+            }
+        })
+        .await
+    }
+
+    fn written<T>(&self, outcome: Result<T, kv::UpdateError>) -> Result<Option<T>> {
+        match outcome {
+            Ok(done) => Ok(Some(done)),
             Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(None),
-            Err(error) => Err(lost(error.to_string())),
+            Err(error) if is_conflict(&error) => Ok(None),
+            Err(error) => Err(unavailable(error)),
         }
     }
 
     /// Removes a key if nobody changed it meanwhile; `None` = somebody did.
     pub(super) async fn remove_at(&self, key: &str, revision: u64) -> Result<Option<()>> {
-        match self.bucket.purge_expect_revision(key, Some(revision)).await {
-            Ok(()) => Ok(Some(())),
-            Err(error) if error.kind() == UpdateErrorKind::WrongLastRevision => Ok(None),
-            Err(error) => Err(unavailable(error)),
-        }
+        self.within(async { self.written(self.bucket.purge_expect_revision(key, Some(revision)).await) })
+            .await
     }
 
-    /// Removes keys, whatever they hold.
+    /// Removes keys, whatever they hold: who listens hears of it, and nothing is left of them.
     pub(super) async fn remove(&self, keys: impl Iterator<Item = String>) -> Result<()> {
-        let failed =
-            |error| Error::new(ErrorKind::Unavailable, "a key could not be removed").caused_by(error);
-        try_join_all(keys.map(|key| async move { self.bucket.purge(key).await.map_err(failed) })).await?;
-        Ok(())
+        let removing = keys.map(|key| async move {
+            self.within(async { self.bucket.purge(&key).await.map_err(unavailable) }).await?;
+            self.clear(&key).await
+        });
+        try_join_all(removing).await.map(drop)
     }
 
-    /// The keys that begin like this and hold something.
+    /// Removes what a key holds, or keys with a wildcard, and the marks of deletion.
+    pub(super) async fn clear(&self, key: &str) -> Result<()> {
+        let clearing = self.bucket.stream.purge().filter(names::changes(key));
+        self.within(async { clearing.await.map_err(unavailable) }).await.map(drop)
+    }
+
+    /// The keys that begin like this; some may hold nothing any more.
     pub(super) async fn keys(&self, prefix: &str) -> Result<Vec<String>> {
-        let stream = self.stream(&format!("KV_{}", names::BUCKET)).await?.ok_or_else(|| damaged("bucket"))?;
-        let subject = names::changes(prefix);
-        let mut found =
-            stream.info_builder().subjects(format!("{subject}>")).fetch().await.map_err(unavailable)?;
-        let mut keys = Vec::new();
         use futures_util::TryStreamExt as _;
-        while let Some((known, _)) = found.try_next().await.map_err(unavailable)? {
-            keys.extend(known.strip_prefix(&names::changes("")).map(str::to_owned));
-        }
+        let subject = names::changes(prefix);
+        let listing = async {
+            let looking = self.bucket.stream.info_builder().subjects(format!("{subject}>"));
+            let found: Vec<(String, usize)> =
+                looking.fetch().await.map_err(unavailable)?.try_collect().await.map_err(unavailable)?;
+            Ok(found)
+        };
+        let found = self.within(listing).await?;
+        let all = names::changes("");
+        let mut keys: Vec<String> =
+            found.iter().filter_map(|(known, _)| known.strip_prefix(&all).map(str::to_owned)).collect();
         keys.sort_unstable();
         Ok(keys)
     }
 
-    /// A stream, if there is one of this name.
-    async fn stream(&self, name: &str) -> Result<Option<Stream<()>>> {
-        self.context.get_stream_no_info(name).await.map(Some).map_err(unavailable)
-    }
-
     /// What the server says of the stream of a partition, if there is one.
     pub(super) async fn look(&self, topic: &Topic, partition: u32) -> Result<Option<(Stream, Info)>> {
-        match self.context.get_stream(names::stream(topic, partition)).await {
-            Ok(stream) => {
-                let info = stream.cached_info().clone();
-                Ok(Some((stream, info)))
-            }
-            Err(error) => match error.kind() {
-                context::GetStreamErrorKind::JetStream(error)
-                    if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-                {
-                    Ok(None)
+        let looking = async {
+            match self.context.get_stream(names::stream(topic, partition)).await {
+                Ok(stream) => {
+                    let info = stream.cached_info().clone();
+                    Ok(Some((stream, info)))
                 }
-                _ => Err(unavailable(error)),
-            },
-        }
+                Err(error) => match error.kind() {
+                    context::GetStreamErrorKind::JetStream(error)
+                        if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                    {
+                        Ok(None)
+                    }
+                    _ => Err(unavailable(error)),
+                },
+            }
+        };
+        self.within(looking).await
     }
 
     /// Looks at all partitions of a topic that exists.
@@ -299,9 +356,10 @@ impl Store {
         join_all(looking).await.into_iter().map(|found| found?.ok_or_else(|| missing(topic))).collect()
     }
 
-    /// What is kept of a topic.
+    /// What is kept of a topic that is ready.
     pub(super) async fn declared(&self, topic: &Topic) -> Result<Option<TopicDoc>> {
-        Ok(self.get(&names::topic(topic)).await?.map(|held| held.value))
+        let found = self.get::<TopicDoc>(&names::topic(topic)).await?;
+        Ok(found.map(|held| held.value).filter(|declared| declared.is_ready))
     }
 
     /// The number of partitions of a topic; it is created where that is wanted.
@@ -334,19 +392,31 @@ impl Store {
         partitions: u32,
         kept: Retention,
     ) -> Result<(u32, bool)> {
+        if kept.max_age.is_some_and(|age| age < SHORTEST) {
+            return Err(Error::config("NATS keeps events for 100 ms at least"));
+        }
         let max_age = kept.max_age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
-        let wanted =
-            TopicDoc { partitions, max_age, max_events: kept.max_events.map(std::num::NonZeroU64::get) };
+        let max_events = kept.max_events.map(std::num::NonZeroU64::get);
+        let wanted = TopicDoc { partitions, is_ready: false, max_age, max_events };
         let key = names::topic(topic);
         let is_new = self.set(&key, &wanted, 0).await?.is_some();
-        let found = if is_new {
-            wanted
-        } else {
-            // Deleted in between: whoever asked may ask again.
-            self.declared(topic).await?.ok_or_else(|| missing(topic))?
-        };
-        try_join_all((0..found.partitions).map(|partition| self.create(topic, partition, found))).await?;
-        Ok((found.partitions, is_new))
+        // Deleted in between: whoever asked may ask again.
+        let found = self.get::<TopicDoc>(&key).await?.ok_or_else(|| missing(topic))?;
+        let n_partitions = found.value.partitions;
+        let creating = (0..n_partitions).map(|partition| self.create(topic, partition, found.value));
+        match try_join_all(creating).await {
+            Ok(_) if found.value.is_ready => {}
+            // If somebody was quicker, it is what they made of it.
+            Ok(_) => drop(self.set(&key, &TopicDoc { is_ready: true, ..found.value }, found.revision).await?),
+            Err(error) => {
+                if is_new && error.kind() == ErrorKind::Config {
+                    // Nobody can ever make it.
+                    self.remove_at(&key, found.revision).await?;
+                }
+                return Err(error);
+            }
+        }
+        Ok((n_partitions, is_new))
     }
 
     async fn create(&self, topic: &Topic, partition: u32, declared: TopicDoc) -> Result<()> {
@@ -361,9 +431,20 @@ impl Store {
             allow_direct: true,
             ..Config::default()
         };
-        match self.context.create_stream(config).await {
+        let creating = async { Ok(self.context.create_stream(config).await) };
+        match self.within(creating).await? {
             Ok(_) => Ok(()),
             Err(error) => match error.kind() {
+                // The server takes no stream with these settings, now or later.
+                context::CreateStreamErrorKind::JetStream(known)
+                    if known.code() == 400
+                        && known.error_code() != ErrorCode::STREAM_NAME_EXIST
+                        && known.error_code() != ErrorCode::STREAM_SUBJECT_OVERLAP =>
+                {
+                    Err(Error::config("the server refuses a stream with these settings")
+                        .with("topic", topic)
+                        .caused_by(error))
+                }
                 // It stands already, with other settings: those of whoever made it.
                 context::CreateStreamErrorKind::JetStream(known)
                     if known.error_code() == ErrorCode::STREAM_NAME_EXIST =>
@@ -397,7 +478,8 @@ impl Store {
     }
 
     pub(super) async fn delete_stream(&self, topic: &Topic, partition: u32) -> Result<()> {
-        match self.context.delete_stream(names::stream(topic, partition)).await {
+        let deleting = async { Ok(self.context.delete_stream(names::stream(topic, partition)).await) };
+        match self.within(deleting).await? {
             Ok(_) => Ok(()),
             Err(error) => match error.kind() {
                 context::DeleteStreamErrorKind::JetStream(error)
@@ -410,6 +492,45 @@ impl Store {
         }
     }
 
+    /// One event as it is stored, if it is there: told in JSON, whatever its headers are.
+    pub(super) async fn alone(&self, topic: &Topic, partition: u32, offset: u64) -> Result<Option<Stored>> {
+        #[derive(Deserialize)]
+        struct Answer {
+            message: Option<Raw>,
+        }
+        #[derive(Deserialize)]
+        struct Raw {
+            #[serde(default)]
+            hdrs: String,
+            #[serde(default)]
+            data: String,
+            time: String,
+        }
+        let subject = format!("STREAM.MSG.GET.{}", names::stream(topic, partition));
+        let asked = serde_json::json!({ "seq": offset });
+        let asking =
+            async { self.context.request::<_, _, Answer>(subject, &asked).await.map_err(unavailable) };
+        let Some(raw) = self.within(asking).await?.message else { return Ok(None) };
+        let bytes =
+            |text: &str| BASE64_STANDARD.decode(text).map_err(|error| damaged("message").caused_by(error));
+        let (lines, data) = (bytes(&raw.hdrs)?, bytes(&raw.data)?);
+        let mut headers = HeaderMap::new();
+        for line in String::from_utf8_lossy(&lines).lines().skip(1) {
+            let Some((name, value)) = line.split_once(':') else { continue };
+            if let (Ok(name), Ok(value)) = (name.parse::<HeaderName>(), value.trim().parse::<HeaderValue>()) {
+                headers.append(name, value);
+            }
+        }
+        let content = message::content(Some(&headers), Bytes::from(data));
+        let stored_at = from_rfc3339(&raw.time).unwrap_or(UNIX_EPOCH);
+        Ok(Some(Stored { offset, stored_at, content }))
+    }
+
+    /// What the server may send at once: never below one event, or it could not be read.
+    pub(super) fn max_bytes_at_once(&self) -> usize {
+        (1 << 20).max(self.client.max_payload() + (64 << 10))
+    }
+
     /// Reads at most `max` messages of a stream from a place on; those that are there now.
     pub(super) async fn fetch(
         &self,
@@ -418,8 +539,11 @@ impl Store {
         max: usize,
     ) -> Result<Vec<jetstream::Message>> {
         use futures_util::StreamExt as _;
-        let consumer = stream.create_consumer(reading(from)).await.map_err(unavailable)?;
-        let mut batch = consumer.fetch().max_messages(max).messages().await.map_err(unavailable)?;
+        let creating = async { stream.create_consumer(reading(from)).await.map_err(unavailable) };
+        let consumer = self.within(creating).await?;
+        let max_bytes = self.max_bytes_at_once();
+        let asking = consumer.fetch().max_messages(max).max_bytes(max_bytes).messages();
+        let mut batch = self.within(async { asking.await.map_err(unavailable) }).await?;
         let mut found = Vec::new();
         let reading = async {
             while let Some(message) = batch.next().await {
@@ -430,7 +554,9 @@ impl Store {
             Ok(())
         };
         let read = tokio::time::timeout(self.options.timeout, reading).await;
-        if let Err(error) = stream.delete_consumer(&consumer.cached_info().name).await {
+        let deleting =
+            async { stream.delete_consumer(&consumer.cached_info().name).await.map_err(unavailable) };
+        if let Err(error) = self.within(deleting).await {
             tracing::debug!(%error, "a reader was left to its end");
         }
         match read {
@@ -439,6 +565,9 @@ impl Store {
         }
     }
 }
+
+/// Least age of events and least window that the server takes for a stream.
+pub(super) const SHORTEST: Duration = Duration::from_millis(100);
 
 /// A reader outside of any group, which the server forgets when nobody pulls.
 pub(super) fn reading(from: DeliverPolicy) -> pull::Config {
@@ -481,10 +610,25 @@ async fn bucket(context: &Context, options: &Options) -> Result<kv::Store> {
 async fn look_at_clock(bucket: &kv::Store) -> Result<Clock> {
     let before = Instant::now();
     bucket.put(names::CLOCK, Bytes::new()).await.map_err(unavailable)?;
-    let after = Instant::now();
-    let entry =
-        bucket.entry(names::CLOCK).await.map_err(unavailable)?.ok_or_else(|| damaged(names::CLOCK))?;
-    Ok(Clock { millis: millis_of(entry.created.into()), before, after })
+    // Of the leader: it knows of ours. Another member's may be later, but not than this moment.
+    let found = bucket.stream.get_last_raw_message_by_subject(&names::changes(names::CLOCK)).await;
+    let found = found.map_err(unavailable)?;
+    Ok(Clock { millis: millis_of(found.time.into()), before, after: Instant::now() })
+}
+
+/// Whether a change was refused because somebody was quicker: the client knows one of the two codes for it.
+fn is_conflict(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(known) = error.downcast_ref::<jetstream::Error>() {
+            return matches!(
+                known.error_code(),
+                ErrorCode::STREAM_WRONG_LAST_SEQUENCE | ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT
+            );
+        }
+        next = error.source();
+    }
+    false
 }
 
 pub(super) fn missing(topic: &Topic) -> Error {

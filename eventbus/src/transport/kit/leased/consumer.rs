@@ -8,7 +8,7 @@ use std::time::{Duration, Instant as StdInstant};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, OwnedMutexGuard};
+use tokio::sync::{Notify, OnceCell, OwnedMutexGuard};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -42,6 +42,8 @@ struct Member<S: Store> {
     saving: Arc<tokio::sync::Mutex<()>>,
     wake: Notify,
     closed: AtomicBool,
+    /// Set when the leave is stored.
+    left: OnceCell<()>,
 }
 
 /// Events of one partition that one read brings.
@@ -63,6 +65,7 @@ impl<S: Store> LeasedConsumer<S> {
                 saving: Arc::default(),
                 wake: Notify::new(),
                 closed: AtomicBool::new(false),
+                left: OnceCell::new(),
                 store,
             });
             // From here on a drop leaves the group.
@@ -77,18 +80,23 @@ impl<S: Store> LeasedConsumer<S> {
     /// Ends the membership and waits until that is stored.
     pub(in crate::transport) async fn leave(&self) -> Result<()> {
         self.heartbeat.abort();
-        if self.member.closed.swap(true, Atomic::AcqRel) {
-            return Ok(());
-        }
+        self.member.closed.store(true, Atomic::Release);
         self.member.wake.notify_waiters();
         self.member.wake.notify_one();
-        // On a task of its own: a caller that goes away leaves all the same, behind what is being saved.
-        let member = self.member.clone();
-        let leaving = tokio::spawn(async move {
-            let _saved = member.saving.lock().await;
-            member.store.leave(&member.seat()).await
+        // Whoever comes second waits for the first.
+        let left = self.member.left.get_or_try_init(async || {
+            // On a task of its own: a caller that goes away leaves all the same, behind what is being saved, and
+            // behind a look at the group, which would take the seat again.
+            let member = self.member.clone();
+            let leaving = tokio::spawn(async move {
+                let _saved = member.saving.lock().await;
+                let _stood = member.coordinating.lock().await;
+                member.store.leave(&member.seat()).await
+            });
+            leaving.await.map_err(interrupted)?
         });
-        leaving.await.map_err(interrupted)?
+        left.await?;
+        Ok(())
     }
 }
 
@@ -343,9 +351,9 @@ impl<S: Store> Consumers<S> {
         known.push(Arc::downgrade(consumer));
     }
 
-    /// Ends all memberships; the first error is returned after all were tried.
+    /// Ends all memberships; the first error is returned after all were tried. Each call waits for all of them.
     pub(in crate::transport) async fn leave(&self) -> Result<()> {
-        let open: Vec<_> = self.0.lock().drain(..).filter_map(|consumer| consumer.upgrade()).collect();
+        let open: Vec<_> = self.0.lock().iter().filter_map(Weak::upgrade).collect();
         let mut outcome = Ok(());
         for consumer in open {
             outcome = outcome.and(consumer.leave().await);
