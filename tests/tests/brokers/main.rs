@@ -2,6 +2,7 @@
 //!
 //! A broker is taken from the environment (`EVENTBUS_POSTGRES_URL` and so on), or from `cargo xtask brokers up`, or
 //! started here.
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 mod nats_foreign;
 mod round_trip;
