@@ -1,5 +1,6 @@
 //! Subjects and broken transports for the whole-system tests.
 
+pub mod apart;
 pub mod around;
 pub mod brokers;
 pub mod disk;

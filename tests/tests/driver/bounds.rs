@@ -117,6 +117,10 @@ async fn a_silent_consumer_is_degraded_and_replaced() {
         log.add(&step);
     }
     on_each(async |bus| {
+        if !bus.transport().capabilities().delay {
+            // Without delays there is always a log of parked events, which has a consumer of its own.
+            return;
+        }
         let begin = Arc::new(Semaphore::new(0));
         let bus = Bus::new(Around { inner: bus.transport().clone(), change: FirstIsDeaf::new(&begin) });
         let log = Log::default();
@@ -165,6 +169,10 @@ async fn a_consumer_that_waits_rightly_is_left_in_peace() {
         }
     }
     on_each(async |bus| {
+        if !bus.transport().capabilities().delay {
+            // Without delays there is always a log of parked events, which has a consumer of its own.
+            return;
+        }
         let log = Log::default();
         let service = Service::new("patient")
             .retry(quick())

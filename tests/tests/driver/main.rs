@@ -12,13 +12,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use eventbus::capability::Ack;
 use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
     Admin, Bus, Emit, Envelope, Event, Failure, Guard, HealthState, Meta, Retry, Service, Start, State,
     Topic, TopicSpec, Typed,
 };
+use eventbus_tests::apart::Apart;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use xtask::brokers::Kind;
 
 #[derive(Debug, Clone, Event, serde::Serialize, serde::Deserialize)]
 #[event(type = "test.step", version = 1, key = key)]
@@ -99,7 +102,7 @@ async fn letters(bus: &Bus, of: &str, n: usize) -> Vec<Envelope> {
     found
 }
 
-/// Every test runs on both embedded transports.
+/// Every test runs on both embedded transports, and on every broker, where its topics have names of their own.
 async fn on_each<F: AsyncFn(Bus)>(test: F) {
     test(eventbus::connect("memory://?replay=10000").await.unwrap()).await;
     let folder = tempfile::tempdir().unwrap();
@@ -107,6 +110,15 @@ async fn on_each<F: AsyncFn(Bus)>(test: F) {
     let bus = eventbus::connect(&url).await.unwrap();
     test(bus.clone()).await;
     bus.close().await.unwrap();
+    for kind in Kind::TESTED {
+        // Seen where the test fails.
+        println!("on {kind}");
+        let url = format!("{}?declare=create&partitions=4&session=2s", xtask::brokers::url(kind).unwrap());
+        let shared = eventbus::connect(&url).await.unwrap();
+        let bus = Bus::new(Apart::new(shared, format!("driver-{:x}", fastrand::u64(..))));
+        test(bus.clone()).await;
+        bus.close().await.unwrap();
+    }
 }
 
 /// A failing event holds back its key, every key ends in order, nothing is lost.
@@ -317,16 +329,14 @@ async fn a_letter_that_would_be_too_large_goes_without_its_body() {
         let body = format!("{{\"key\":\"big\",\"n\":1}}{}", " ".repeat(limit - base.size_bytes() - 28));
         let service = Service::new("orders").retry(quick()).on(topic("steps"), handle).with_state(());
         let running = service.start(&bus).await.unwrap();
-        bus.publisher()
-            .await
-            .unwrap()
-            .publish_envelope(&topic("steps"), base.clone().with_payload(body))
-            .await
-            .unwrap();
+        let publisher = bus.publisher().await.unwrap();
+        let whole = base.clone().with_payload(body);
+        let stored = publisher.publish_envelope(&topic("steps"), whole).await.unwrap();
         let letters = letters(&bus, "steps", 1).await;
         assert_eq!((letters[0].id(), letters[0].payload()), (base.id(), None));
         assert_eq!(letters[0].extension("evt-dlq-body"), Some("omitted"));
-        assert_eq!(letters[0].extension("evt-dlq-offset"), Some("0"));
+        let offset = stored.offset.unwrap().to_string();
+        assert_eq!(letters[0].extension("evt-dlq-offset"), Some(offset.as_str()));
         running.stop().await.unwrap();
     })
     .await;
@@ -371,7 +381,8 @@ async fn outputs_have_ids_that_repeat() {
     .await;
 }
 
-/// A stop finishes what runs and hands back what has not begun: nothing lost, nothing twice.
+/// A stop finishes what runs and hands back what has not begun: nothing lost, and nothing twice where an event is
+/// settled alone. Where acks are cumulative, what ran above the first that did not comes again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drain_finishes_in_flight() {
     async fn handle(Typed(step): Typed<Step>, State(log): State<Log>) {
@@ -393,7 +404,11 @@ async fn drain_finishes_in_flight() {
         log.until(400).await;
         running.stop().await.unwrap();
         let mut seen = log.all();
-        assert_eq!(seen.len(), 400, "events ran twice over a clean stop");
+        let twice = seen.len() - 400;
+        match bus.transport().capabilities().ack {
+            Ack::Cumulative => assert!(twice < before, "{twice} of {before} ran twice"),
+            _ => assert_eq!(twice, 0, "events ran twice over a clean stop"),
+        }
         seen.sort();
         seen.dedup();
         assert_eq!(seen.len(), 400);
