@@ -7,6 +7,7 @@ use rusqlite::{OptionalExtension, params};
 
 use crate::contracts::{OrderId, OrderStarted, UserCheckoutAccepted, event_id};
 use crate::orders_file::{FIRST_WEB_ORDER, OrderLine};
+use crate::patience::patiently;
 use crate::shop::Shop;
 
 /// Basket's own tables.
@@ -59,7 +60,9 @@ pub async fn import(
                 rows.iter().try_for_each(|(order, buyer)| insert.execute(params![order, buyer]).map(drop))
             })
             .await?;
-        publisher.enqueue(&shop.topics.checkouts, checkouts).await?.await.all()?;
+        let publish =
+            async || publisher.enqueue(&shop.topics.checkouts, checkouts.clone()).await?.await.all();
+        patiently(publish).await?;
         n_done += part.len();
         let (name, n_lines) = (digest.to_owned(), n_done);
         let sql = "INSERT INTO basket_import VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n_lines = ?2";

@@ -9,6 +9,7 @@ pub mod machine;
 pub mod notification;
 pub mod ordering;
 pub mod orders_file;
+pub mod patience;
 pub mod payment;
 pub mod shop;
 pub mod store;

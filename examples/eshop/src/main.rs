@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use eshop::orders_file::{self, OrderLine, OrdersFile};
+use eshop::patience::patiently;
 use eshop::shop::Shop;
 use eshop::summary::{self, Summary};
 use eshop::{basket, catalog, http, notification, ordering, payment, timers};
@@ -100,7 +101,7 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     let bus = eventbus::connect(&options.bus).await?.with_source("/eshop");
     let tables = options.tables.clone().or_else(|| tables_beside(&options.bus));
     let shop = Shop::open(tables.as_deref(), options.grace)?;
-    declare(&bus, &shop).await?;
+    patiently(async || declare(&bus, &shop).await).await?;
     let initial = initial_stock(&file.lines, options.stock);
     shop.store.run(move |tables| catalog::stock_up(tables, &initial)).await?;
     let services = start(&bus, &shop, &options.services).await?;
@@ -126,7 +127,8 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
                 basket::import(&bus, &shop, &digest, &file.lines, options.rate),
                 watch(&shop, file.lines.len() as u64)
             )?;
-            let summary = account(&bus, &shop, &services, started.elapsed()).await?;
+            let took = started.elapsed();
+            let summary = patiently(async || account(&bus, &shop, &services, took).await).await?;
             report(&summary, options.summary.as_deref())?;
             lawful.set(summary.is_lawful());
             if options.until_done {
@@ -205,13 +207,13 @@ async fn start(bus: &Bus, shop: &Shop, names: &[String]) -> eventbus::Result<Vec
     let mut services = Vec::new();
     for name in names {
         services.push(match name.as_str() {
-            "basket" => basket::start(bus, shop).await?,
-            "ordering" => ordering::start(bus, shop).await?,
-            "grace" => timers::start(bus, shop).await?,
-            "catalog" => catalog::start(bus, shop).await?,
-            "payment" => payment::start(bus, shop).await?,
-            "shipping" => ordering::start_shipping(bus, shop).await?,
-            "notification" => notification::start(bus, shop).await?,
+            "basket" => patiently(async || basket::start(bus, shop).await).await?,
+            "ordering" => patiently(async || ordering::start(bus, shop).await).await?,
+            "grace" => patiently(async || timers::start(bus, shop).await).await?,
+            "catalog" => patiently(async || catalog::start(bus, shop).await).await?,
+            "payment" => patiently(async || payment::start(bus, shop).await).await?,
+            "shipping" => patiently(async || ordering::start_shipping(bus, shop).await).await?,
+            "notification" => patiently(async || notification::start(bus, shop).await).await?,
             other => {
                 let known = "basket, ordering, grace, catalog, payment, shipping, notification";
                 return Err(

@@ -1,6 +1,8 @@
 //! The program as a person runs it: to its end, killed at any time, with wrong input.
 #![allow(clippy::panic, clippy::unwrap_used, clippy::expect_used, reason = "a test reports by panicking")]
 
+mod brokers;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
