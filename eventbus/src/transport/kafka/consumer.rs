@@ -57,7 +57,7 @@ impl KafkaConsumer {
             let n_partitions = client.partitions(&wanted.topic).await?;
             let subscription = wanted.clone();
             let joined = client.blocking(move |client| join(client, &subscription, n_partitions)).await?;
-            let (consumer, shared) = joined;
+            let (shared, consumer) = joined;
             let (left, gone) = watch::channel(false);
             let (mut pumped, pumping) = (consumer.clone(), shared.clone());
             let consumer = Arc::new(Mutex::new(Some(consumer)));
@@ -112,12 +112,13 @@ impl KafkaConsumer {
     }
 }
 
-/// Blocks. Pins where a new group begins, then joins.
+/// Blocks. Pins where a new group begins, then joins. What is shared comes first, and so is dropped first where nobody
+/// takes the result: a consumer that is dropped is still told what it is assigned, and must not wait for anything then.
 fn join(
     client: &Client,
     wanted: &Subscription,
     n_partitions: u32,
-) -> Result<(Arc<BaseConsumer<Context>>, Arc<Shared>)> {
+) -> Result<(Arc<Shared>, Arc<BaseConsumer<Context>>)> {
     let topic = &wanted.topic;
     let shared = Shared::new(topic.clone(), Hold::new(wanted), client.options.timeout);
     let context = Context(Arc::downgrade(&shared));
@@ -133,7 +134,7 @@ fn join(
         let all: Vec<u32> = (0..n_partitions).collect();
         shared.hold.lock().gain(&all, &BTreeMap::new());
         shared.is_in.store(true, Atomic::Release);
-        return Ok((Arc::new(consumer), shared));
+        return Ok((shared, Arc::new(consumer)));
     }
     let starts = begin(client, &config, topic, n_partitions, &wanted.start)?;
     let of = |element: &rdkafka::topic_partition_list::TopicPartitionListElem<'_>| {
@@ -142,7 +143,7 @@ fn join(
     shared.set_starts(starts.elements().iter().filter_map(of));
     let consumer: BaseConsumer<Context> = config.create_with_context(context).map_err(from_kafka)?;
     consumer.subscribe(&[topic.as_str()]).map_err(from_kafka)?;
-    Ok((Arc::new(consumer), shared))
+    Ok((shared, Arc::new(consumer)))
 }
 
 /// Commits where a group begins in partitions that it has no position in, so that what is published from now on is

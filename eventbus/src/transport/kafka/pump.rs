@@ -178,6 +178,12 @@ impl ConsumerContext for Context {
         let Some(shared) = self.0.upgrade() else { return unassign(consumer, tpl) };
         let partitions = numbers(tpl);
         match error {
+            // Nothing is taken any more; the client waits for an answer all the same.
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS
+                if shared.is_closing.load(Atomic::Acquire) =>
+            {
+                return unassign(consumer, tpl);
+            }
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => {
                 let begun = shared.pin_at_last(consumer, tpl);
                 let assigned = match consumer.rebalance_protocol() {

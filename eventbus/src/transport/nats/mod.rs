@@ -226,7 +226,7 @@ impl Transport for Nats {
         self.store.is_open()?;
         subscription.check(&self.capabilities())?;
         let consumer = LeasedConsumer::join(self.store.clone(), subscription).await?;
-        self.consumers.add(&consumer);
+        self.consumers.add(&consumer)?;
         Ok(consumer)
     }
 

@@ -212,7 +212,7 @@ impl Transport for Sqlite {
         self.store.is_open()?;
         subscription.check(&self.capabilities())?;
         let consumer = LeasedConsumer::join(self.store.clone(), subscription).await?;
-        self.consumers.add(&consumer);
+        self.consumers.add(&consumer)?;
         Ok(consumer)
     }
 

@@ -345,10 +345,13 @@ impl<S: Store> Default for Consumers<S> {
 }
 
 impl<S: Store> Consumers<S> {
-    pub(in crate::transport) fn add(&self, consumer: &Arc<LeasedConsumer<S>>) {
+    /// Takes a consumer in; fails if the store was closed meanwhile, which this one would not hear of.
+    pub(in crate::transport) fn add(&self, consumer: &Arc<LeasedConsumer<S>>) -> Result<()> {
         let mut known = self.0.lock();
         known.retain(|consumer| consumer.strong_count() > 0);
         known.push(Arc::downgrade(consumer));
+        drop(known);
+        consumer.member.open()
     }
 
     /// Ends all memberships; the first error is returned after all were tried. Each call waits for all of them.
