@@ -4,6 +4,7 @@
 //! started here.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod interop;
 mod nats_foreign;
 mod round_trip;
 
