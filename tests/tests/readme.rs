@@ -117,6 +117,13 @@ fn the_first_commands_work_as_printed() {
             )
         })
         .collect();
+    // Those commands built the program with its default features, over the one that the tests of the whole workspace
+    // use, which has every transport.
+    let restored = Command::new("cargo")
+        .args(["build", "--quiet", "--workspace", "--bins"])
+        .current_dir(root())
+        .status();
+    assert!(restored.unwrap().success());
     drop(shop.kill());
     shop.wait().unwrap();
     assert!(missing.is_empty(), "the README prints what was not seen: {missing:#?}\nseen: {seen:#?}");
