@@ -3,6 +3,7 @@
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
 //! `cargo xtask brokers` starts and ends real brokers on this machine.
 //! `cargo xtask bench` runs the paired benchmarks and prints their table; with an argument, lines that hold it.
+//! `cargo xtask torture` has processes killed, stopped and cut off on one bus, and checks what came of it.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
 //! it writes what the transports of this workspace claim into the README.
 
@@ -15,6 +16,7 @@ const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask brokers up|down|env|doctor [KIND ...] [--version V]
        cargo xtask bench [PART OF A NAME]
        cargo xtask conformance URL
+       cargo xtask torture KIND|URL [--seconds N] [--seed S] [--bug NAME]
        cargo xtask conformance --readme";
 
 fn main() -> ExitCode {
@@ -41,6 +43,10 @@ fn main() -> ExitCode {
                     ["run", "--quiet", "--package", "eventbus-tests", "--bin", "conformance", "--", url];
                 Ok(built && run(&suite)?)
             })
+        }
+        Some(("torture", rest)) => {
+            let torture = ["run", "--quiet", "--package", "eventbus-tests", "--bin", "torture", "--"];
+            cargo().args(torture).args(rest).status().map(|status| status.success())
         }
         _ => {
             eprintln!("{USAGE}");

@@ -1,0 +1,108 @@
+//! The account: what was confirmed against what was handled.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::path::Path;
+
+/// What a run came to.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) faults: BTreeMap<&'static str, u32>,
+    n_confirmed: u64,
+    n_handled: u64,
+    n_repeated: u64,
+    longest_gap_ms: u64,
+    pub(crate) violations: Vec<String>,
+}
+
+impl Report {
+    pub(crate) fn is_clean(&self) -> bool {
+        self.violations.is_empty()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let faults: Vec<String> = self.faults.iter().map(|(name, n)| format!("{n} × {name}")).collect();
+        writeln!(f, "faults      {}", faults.join(", "))?;
+        writeln!(f, "confirmed   {}", self.n_confirmed)?;
+        writeln!(f, "handled     {}, {} of them again", self.n_handled, self.n_repeated)?;
+        writeln!(f, "longest gap {} ms without an effect", self.longest_gap_ms)?;
+        for violation in self.violations.iter().take(10) {
+            writeln!(f, "VIOLATION   {violation}")?;
+        }
+        write!(f, "{} violations", self.violations.len())
+    }
+}
+
+/// The next number of each key that is not confirmed.
+pub(crate) fn confirmed(folder: &Path, n_producers: usize) -> Result<HashMap<String, u64>, String> {
+    let mut next = HashMap::new();
+    for id in 0..n_producers {
+        let lines = std::fs::read_to_string(folder.join(format!("confirmed.{id}"))).unwrap_or_default();
+        for line in lines.lines() {
+            let (key, n) = line.split_once(' ').ok_or_else(|| format!("a torn line: {line}"))?;
+            let n: u64 = n.parse().map_err(|_| format!("a torn line: {line}"))?;
+            next.insert(key.to_owned(), n + 1);
+        }
+    }
+    Ok(next)
+}
+
+/// How many events were handled at least once.
+pub(crate) fn handled(folder: &Path) -> Result<HashMap<String, u64>, String> {
+    let mut next: HashMap<String, u64> = HashMap::new();
+    for (_, key, n) in effects(folder)? {
+        let seen = next.entry(key).or_default();
+        *seen = (*seen).max(n + 1);
+    }
+    Ok(next)
+}
+
+fn effects(folder: &Path) -> Result<Vec<(u64, String, u64)>, String> {
+    let lines = std::fs::read_to_string(folder.join("effects")).unwrap_or_default();
+    let read = |line: &str| {
+        let mut parts = line.split(' ');
+        let (at, key, n) = (parts.next()?, parts.next()?, parts.next()?);
+        Some((at.parse().ok()?, key.to_owned(), n.parse().ok()?))
+    };
+    lines.lines().map(|line| read(line).ok_or_else(|| format!("a torn line: {line}"))).collect()
+}
+
+/// Compares.
+pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> Result<Report, String> {
+    let confirmed = confirmed(folder, n_producers)?;
+    let mut next: HashMap<String, u64> = HashMap::new();
+    let mut before = None;
+    for (at, key, n) in effects(folder)? {
+        report.n_handled += 1;
+        report.longest_gap_ms =
+            report.longest_gap_ms.max(before.map_or(0, |before| at.saturating_sub(before)));
+        before = Some(at);
+        let due = next.entry(key.clone()).or_default();
+        // An event may come again; the first time it comes, all before it of its key have been here.
+        match n.cmp(due) {
+            std::cmp::Ordering::Less => report.n_repeated += 1,
+            std::cmp::Ordering::Equal => *due += 1,
+            std::cmp::Ordering::Greater => {
+                report.violations.push(format!("order: {key} {n} was handled before {due}"));
+                *due = n + 1;
+            }
+        }
+        // At most one event of a key is on its way without a confirm.
+        if n > confirmed.get(&key).copied().unwrap_or(0) {
+            report.violations.push(format!("ghost: {key} {n} was never published"));
+        }
+    }
+    for (key, end) in &confirmed {
+        report.n_confirmed += end;
+        let seen = next.get(key).copied().unwrap_or(0);
+        if seen < *end {
+            report.violations.push(format!("loss: {key} ends at {seen}, and {end} were confirmed"));
+        }
+    }
+    if report.n_confirmed == 0 {
+        report.violations.push("nothing was confirmed: the run proved nothing".to_owned());
+    }
+    Ok(report)
+}

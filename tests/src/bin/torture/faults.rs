@@ -1,0 +1,236 @@
+//! The run: who is started, what happens to them, and when it is over.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use eventbus_tests::proxy::{Proxy, Wire};
+use fastrand::Rng;
+use xtask::brokers::{Broker, Kind};
+
+use crate::account::{self, Report};
+use crate::bugs::Bug;
+use crate::roles::N_PRODUCERS;
+
+const N_CONSUMERS: usize = 3;
+/// Silence after which a consumer loses what it has.
+const SESSION: Duration = Duration::from_secs(2);
+/// How long what is left may take when nothing disturbs any more.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How often the broker is killed.
+const RESTART_EVERY: u64 = 20;
+
+/// A process and what it was started with.
+struct Role {
+    child: Child,
+    arguments: Vec<String>,
+    name: String,
+}
+
+impl Role {
+    fn start(folder: &Path, name: String, arguments: Vec<String>) -> Result<Self, String> {
+        let said =
+            std::fs::OpenOptions::new().create(true).append(true).open(folder.join(format!("{name}.log")));
+        let said = said.map_err(|error| error.to_string())?;
+        let me = std::env::current_exe().map_err(|error| error.to_string())?;
+        let child =
+            Command::new(me).args(&arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn();
+        Ok(Self { child: child.map_err(|error| error.to_string())?, arguments, name })
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        if !sent.is_ok_and(|status| status.success()) {
+            println!("{} could not be sent {signal}", self.name);
+        }
+    }
+
+    /// Starts it again; it must be over.
+    fn again(&mut self, folder: &Path) -> Result<(), String> {
+        drop(self.child.wait());
+        *self = Self::start(folder, self.name.clone(), self.arguments.clone())?;
+        Ok(())
+    }
+
+    fn kill(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+impl Drop for Role {
+    fn drop(&mut self) {
+        // Also one that is stopped.
+        self.kill();
+    }
+}
+
+/// The bus under torture: a broker of its own behind a wire, or an address.
+struct Target {
+    url: String,
+    own: Option<(Broker, Proxy)>,
+}
+
+impl Target {
+    fn open(name: &str) -> Result<Self, String> {
+        let kind = Kind::TESTED.into_iter().find(|kind| kind.name() == name);
+        let options = |url: &str| {
+            let mark = if url.contains('?') { '&' } else { '?' };
+            let create =
+                if url.starts_with("sqlite") { "" } else { "&declare=create&timeout=3s&partitions=8" };
+            format!("{url}{mark}session={}ms{create}", SESSION.as_millis())
+        };
+        let Some(kind) = kind else {
+            if name.starts_with("memory") {
+                return Err("memory:// is one process: there is nothing to torture it with".to_owned());
+            }
+            if !name.contains("://") {
+                return Err(format!("{name} is no broker that can be started, and no address"));
+            }
+            return Ok(Self { url: options(name), own: None });
+        };
+        let proxy = Proxy::start().map_err(|error| error.to_string())?;
+        let broker = Broker::start_behind(kind, None, Some(proxy.port()))?;
+        proxy.lead(broker.port());
+        let port = |port: u16| format!("127.0.0.1:{port}");
+        let url = broker.url().replace(&port(broker.port()), &port(proxy.port()));
+        Ok(Self { url: options(&url), own: Some((broker, proxy)) })
+    }
+}
+
+/// Runs it all, and draws up the account.
+pub(crate) fn run(
+    target: &str,
+    length: Duration,
+    seed: u64,
+    bug: Bug,
+    folder: &Path,
+) -> Result<Report, String> {
+    let mut random = Rng::with_seed(seed);
+    let mut target = Target::open(target)?;
+    let topic = format!("torture.{seed:x}");
+    let start = |role: &str, id: usize| {
+        let arguments =
+            [role, &target.url, &topic, &folder.display().to_string(), &id.to_string(), bug.name()];
+        Role::start(folder, format!("{role}.{id}"), arguments.map(str::to_owned).into())
+    };
+    let mut producers = (0..N_PRODUCERS).map(|id| start("produce", id)).collect::<Result<Vec<_>, _>>()?;
+    let mut consumers = (0..N_CONSUMERS).map(|id| start("consume", id)).collect::<Result<Vec<_>, _>>()?;
+    let mut report = Report::default();
+    let begin = Instant::now();
+    let mut n_faults = 0;
+    while begin.elapsed() < length {
+        std::thread::sleep(Duration::from_secs(1));
+        n_faults += 1;
+        // Whoever ended by itself is started again: it may have met a bus that is away.
+        for role in producers.iter_mut().chain(&mut consumers) {
+            if role.child.try_wait().is_ok_and(|status| status.is_some()) {
+                *report.faults.entry("came back by itself").or_default() += 1;
+                role.again(folder)?;
+            }
+        }
+        let name = disturb(&mut random, n_faults, &mut target, &mut producers, &mut consumers, folder)?;
+        *report.faults.entry(name).or_default() += 1;
+    }
+    if let Some((_, proxy)) = &target.own {
+        proxy.set(Wire::Whole);
+    }
+    std::fs::write(folder.join("over"), "").map_err(|error| error.to_string())?;
+    for producer in &mut producers {
+        let end = Instant::now() + PATIENCE;
+        while producer.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    let end = Instant::now() + PATIENCE;
+    let confirmed = account::confirmed(folder, N_PRODUCERS)?;
+    while Instant::now() < end {
+        let handled = account::handled(folder)?;
+        if confirmed.iter().all(|(key, end)| handled.get(key).is_some_and(|seen| seen >= end)) {
+            break;
+        }
+        for consumer in &mut consumers {
+            if consumer.child.try_wait().is_ok_and(|status| status.is_some()) {
+                consumer.again(folder)?;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    drop((producers, consumers));
+    account::draw_up(folder, N_PRODUCERS, report)
+}
+
+/// One fault; returns its name.
+fn disturb(
+    random: &mut Rng,
+    n_faults: u64,
+    target: &mut Target,
+    producers: &mut [Role],
+    consumers: &mut [Role],
+    folder: &Path,
+) -> Result<&'static str, String> {
+    let (a, b) = (random.usize(..producers.len()), random.usize(..consumers.len()));
+    let (Some(producer), Some(consumer)) = (producers.get_mut(a), consumers.get_mut(b)) else {
+        return Ok("none");
+    };
+    if let Some((broker, proxy)) = &mut target.own {
+        if n_faults % RESTART_EVERY == RESTART_EVERY / 2 {
+            broker.restart()?;
+            return Ok("broker killed and started");
+        }
+        match random.u8(..8) {
+            0 => {
+                proxy.reset();
+                return Ok("connections reset");
+            }
+            1 => {
+                proxy.set(Wire::Stall);
+                std::thread::sleep(Duration::from_millis(random.u64(200..1_500)));
+                proxy.set(Wire::Whole);
+                return Ok("wire stalled");
+            }
+            2 => {
+                proxy.set(Wire::DropAnswers);
+                std::thread::sleep(Duration::from_millis(random.u64(50..400)));
+                proxy.set(Wire::Whole);
+                proxy.reset();
+                return Ok("answers dropped");
+            }
+            3 => {
+                proxy.set(Wire::Cut);
+                std::thread::sleep(Duration::from_millis(random.u64(100..1_000)));
+                proxy.set(Wire::Whole);
+                return Ok("wire cut");
+            }
+            _ => {}
+        }
+    }
+    Ok(match random.u8(..5) {
+        0 => {
+            producer.kill();
+            producer.again(folder)?;
+            "producer killed"
+        }
+        1 => {
+            consumer.signal("-TERM");
+            let end = Instant::now() + Duration::from_secs(10);
+            while consumer.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            consumer.kill();
+            consumer.again(folder)?;
+            "consumer ended and started"
+        }
+        2 => {
+            consumer.signal("-STOP");
+            std::thread::sleep(SESSION + SESSION / 2);
+            consumer.signal("-CONT");
+            "consumer stopped for longer than its session"
+        }
+        _ => {
+            consumer.kill();
+            consumer.again(folder)?;
+            "consumer killed"
+        }
+    })
+}
