@@ -305,19 +305,24 @@ impl Admin for Nats {
                 .with("topic", topic)
                 .with("partition", partition));
         }
-        let left = next.saturating_sub(from.0.max(1)).min(max.min(READ_AT_ONCE) as u64) as usize;
-        if left == 0 {
-            return Ok(Vec::new());
-        }
-        let mut found = Vec::new();
-        for message in self.store.fetch(&stream, since(from.0), left).await? {
-            let (offset, stored_at) = match message.info() {
-                Ok(place) => (Offset(place.stream_sequence), place.published.into()),
-                Err(error) => return Err(damaged(&info.config.name).caused_by(error)),
-            };
-            let message = message.message;
-            let content = message::content(message.headers.as_ref(), message.payload);
-            found.push(Record::new(partition, offset, stored_at, content));
+        // As many as there are, up to `max`: who asks takes fewer for the end.
+        let wanted = next.saturating_sub(from.0.max(1)).min(max as u64) as usize;
+        let (mut found, mut at) = (Vec::new(), from.0.max(1));
+        while found.len() < wanted {
+            let page = self.store.fetch(&stream, since(at), (wanted - found.len()).min(READ_AT_ONCE)).await?;
+            if page.is_empty() {
+                break;
+            }
+            for message in page {
+                let (offset, stored_at) = match message.info() {
+                    Ok(place) => (place.stream_sequence, place.published.into()),
+                    Err(error) => return Err(damaged(&info.config.name).caused_by(error)),
+                };
+                at = offset + 1;
+                let message = message.message;
+                let content = message::content(message.headers.as_ref(), message.payload);
+                found.push(Record::new(partition, Offset(offset), stored_at, content));
+            }
         }
         Ok(found)
     }
