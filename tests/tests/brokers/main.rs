@@ -35,33 +35,25 @@ macro_rules! cases {
     )*};
 }
 
-// The cases that disturb a broker, each on one of its own.
-cases! {
-    postgres_own brokers::own(Kind::Postgres, CHILD) => [
-        P18 lost_ack_is_unknown
-        D2 confirmed_survives_restart
-        D3 consumer_resumes_after_restart
-    ]
-    kafka_own brokers::own(Kind::Kafka, CHILD) => [
-        P18 lost_ack_is_unknown
-        D2 confirmed_survives_restart
-        D3 consumer_resumes_after_restart
-    ]
-    nats_own brokers::own(Kind::Nats, CHILD) => [
-        P18 lost_ack_is_unknown
-        D2 confirmed_survives_restart
-        D3 consumer_resumes_after_restart
-    ]
-    redis_own brokers::own(Kind::Redis, CHILD) => [
-        P18 lost_ack_is_unknown
-        D2 confirmed_survives_restart
-        D3 consumer_resumes_after_restart
-    ]
-    valkey_own brokers::own(Kind::Valkey, CHILD) => [
-        P18 lost_ack_is_unknown
-        D2 confirmed_survives_restart
-        D3 consumer_resumes_after_restart
-    ]
+/// The cases that disturb a broker, each on one of its own.
+macro_rules! disturbing {
+    ($($name:ident $kind:ident)*) => {
+        cases! {$(
+            $name brokers::own(Kind::$kind, CHILD) => [
+                P18 lost_ack_is_unknown
+                D2 confirmed_survives_restart
+                D3 consumer_resumes_after_restart
+            ]
+        )*}
+    };
+}
+
+disturbing! {
+    kafka_own Kafka
+    nats_own Nats
+    postgres_own Postgres
+    redis_own Redis
+    valkey_own Valkey
 }
 
 // What changes when the broker assigns the partitions (KIP-848): members that come, go and die.
