@@ -54,6 +54,19 @@ impl Tasks {
         })?
     }
 
+    /// Lets a member leave without waiting; closing waits for it. Outside of a runtime nothing can be sent, and what
+    /// fails is not tried again: the session's end takes the seat.
+    pub(crate) fn leave_soon(&self, leaving: impl Future<Output = Result<()>> + Send + 'static) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let busy = self.begin();
+        runtime.spawn(async move {
+            if let Err(error) = leaving.await {
+                tracing::debug!(%error, "a member could not leave; it is gone when its session ends");
+            }
+            drop(busy);
+        });
+    }
+
     /// Takes a task that runs until the end.
     pub(crate) fn keep(&self, task: JoinHandle<()>) {
         self.always.lock().push(task);

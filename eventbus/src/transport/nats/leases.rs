@@ -332,15 +332,8 @@ impl leased::Store for Store {
     }
 
     fn leave_soon(self: &Arc<Self>, seat: Seat) {
-        // Outside of a runtime nothing can be sent: the session's end takes the seat.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let (store, leaving) = (self.clone(), self.tasks.begin());
-        runtime.spawn(async move {
-            if let Err(error) = store.leave_at(&seat).await {
-                tracing::debug!(%error, "a member could not leave; it is gone when its session ends");
-            }
-            drop(leaving);
-        });
+        let store = self.clone();
+        self.tasks.leave_soon(async move { store.leave_at(&seat).await });
     }
 }
 

@@ -116,20 +116,11 @@ impl leased::Store for Store {
     }
 
     fn leave_soon(self: &Arc<Self>, seat: Seat) {
-        // Outside of a runtime nothing can be sent: the session's end takes the seat.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let store = self.clone();
-        let leaving = store.tasks.begin();
-        runtime.spawn(async move {
-            // Also while the store closes, which waits for this.
-            let left = async {
-                let mut connection = store.pool.acquire().await.map_err(from_sqlx)?;
-                membership::leave(&mut connection, &seat).await
-            };
-            if let Err(error) = left.await {
-                tracing::debug!(%error, "a member could not leave; it is gone when its session ends");
-            }
-            drop(leaving);
+        // Also while the store closes, which waits for this.
+        self.tasks.leave_soon(async move {
+            let mut connection = store.pool.acquire().await.map_err(from_sqlx)?;
+            membership::leave(&mut connection, &seat).await
         });
     }
 }
