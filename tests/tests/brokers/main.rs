@@ -5,6 +5,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 mod interop;
+mod kafka_gap;
 mod nats_foreign;
 mod round_trip;
 

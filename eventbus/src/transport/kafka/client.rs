@@ -245,6 +245,7 @@ impl Client {
 
     pub(super) fn forget(&self, topic: &Topic) {
         self.topics.lock().remove(topic);
+        self.producing.forget(topic);
     }
 
     /// The number of partitions of a topic, if it exists and can be used. Blocks.

@@ -35,6 +35,7 @@ mod client;
 mod consumer;
 mod ends;
 mod hold;
+mod line;
 mod publisher;
 mod pump;
 mod record;

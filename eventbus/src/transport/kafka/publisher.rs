@@ -7,23 +7,19 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering as Atomic};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::Mutex;
 use rdkafka::ClientConfig;
-use rdkafka::Message as _;
-use rdkafka::client::ClientContext;
-use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
-use rdkafka::producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer};
+use rdkafka::error::RDKafkaErrorCode as Code;
 use tokio::sync::watch;
 
 use super::Options;
-use super::client::{Client, from_kafka, missing, of_code};
+use super::client::{Client, from_kafka, missing};
 use super::ends::Ends;
-use super::record;
-use crate::admin::Offset;
+use super::line::Line;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Key, Topic};
-use crate::partition::{self, PartitionId};
+use crate::partition;
 use crate::transport::kit::queue::{Queued, Room};
 use crate::transport::{Confirm, Publisher, Receipt};
 
@@ -33,28 +29,24 @@ const OVERHEAD: usize = 16 << 10;
 /// The producer of a transport value, which all its publishers share.
 pub(super) struct Producing {
     config: ClientConfig,
-    producer: RwLock<Arc<ThreadedProducer<Reports>>>,
+    /// Held while a batch goes to the client's queue, so that batches do not mix.
+    line: Mutex<Line>,
     delivery_timeout: Duration,
     room: Room,
-    /// Held while a batch goes to the client's queue, so that batches do not mix.
-    sending: Mutex<()>,
     books: Arc<Books>,
 }
 
 /// Which batches wait for their reports.
 #[derive(Debug, Default)]
-struct Books {
+pub(super) struct Books {
     next: Mutex<u64>,
     open: Mutex<BTreeSet<u64>>,
     closed: watch::Sender<u64>,
     /// Set by an error after which the client refuses all work: a producer of its own is made anew.
-    is_fatal: AtomicBool,
+    pub(super) is_fatal: AtomicBool,
     /// Who waits for events outside of groups.
-    ends: Arc<Ends>,
+    pub(super) ends: Arc<Ends>,
 }
-
-#[derive(Debug, Clone)]
-struct Reports(Arc<Books>);
 
 /// A batch whose reports come in.
 struct Pending {
@@ -65,8 +57,19 @@ struct Pending {
     books: Arc<Books>,
 }
 
-/// One event that waits for its report: its batch and its place in it.
-type Waiting = Box<(Arc<Pending>, usize)>;
+/// One event that waits for its report.
+pub(super) type Waiting = Box<Awaited>;
+
+pub(super) struct Awaited {
+    batch: Arc<Pending>,
+    at: usize,
+}
+
+impl Awaited {
+    pub(super) fn report(self, outcome: Result<Receipt>) {
+        self.batch.report(self.at, outcome);
+    }
+}
 
 impl Pending {
     fn report(&self, at: usize, outcome: Result<Receipt>) {
@@ -86,57 +89,6 @@ impl Pending {
     }
 }
 
-impl ClientContext for Reports {
-    fn log(&self, level: rdkafka::config::RDKafkaLogLevel, facility: &str, message: &str) {
-        tracing::debug!(?level, facility, message, "librdkafka");
-    }
-
-    fn error(&self, error: KafkaError, reason: &str) {
-        if error.rdkafka_error_code() == Some(Code::Fatal) {
-            self.0.is_fatal.store(true, Atomic::Release);
-        }
-        tracing::debug!(%error, reason, "librdkafka");
-    }
-}
-
-impl ProducerContext for Reports {
-    type DeliveryOpaque = Waiting;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, opaque: Self::DeliveryOpaque) {
-        let (pending, at) = *opaque;
-        let outcome = match result {
-            Ok(message) => {
-                let (partition, offset) =
-                    (message.partition().unsigned_abs(), message.offset().unsigned_abs());
-                self.0.ends.stored(message.topic(), partition, offset);
-                Ok(Receipt::new(PartitionId(partition), Offset(offset)))
-            }
-            Err((error, _)) => Err(self.refused(error)),
-        };
-        pending.report(at, outcome);
-    }
-}
-
-impl Reports {
-    /// What a failed delivery means: refused for certain, or not known.
-    fn refused(&self, error: &KafkaError) -> Error {
-        let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
-        if code == Code::Fatal {
-            self.0.is_fatal.store(true, Atomic::Release);
-        }
-        let (kind, message) = match of_code(code) {
-            known @ (ErrorKind::NotFound | ErrorKind::TooLarge | ErrorKind::Unauthorized, _) => known,
-            // Also what the client gave up: it may have been sent before.
-            _ => (ErrorKind::Unknown, "the broker did not confirm"),
-        };
-        Error::new(kind, message).caused_by(error.clone())
-    }
-}
-
-fn create(config: &ClientConfig, books: &Arc<Books>) -> Result<ThreadedProducer<Reports>> {
-    config.create_with_context(Reports(books.clone())).map_err(from_kafka)
-}
-
 impl Producing {
     pub(super) fn new(mut config: ClientConfig, options: &Options, ends: Arc<Ends>) -> Result<Self> {
         config
@@ -150,16 +102,9 @@ impl Producing {
             .set("queue.buffering.max.messages", "200000")
             .set("queue.buffering.max.kbytes", "262144");
         let books = Arc::new(Books { ends, ..Books::default() });
-        let producer = RwLock::new(Arc::new(create(&config, &books)?));
         let delivery_timeout = options.delivery_timeout;
-        Ok(Self {
-            config,
-            producer,
-            delivery_timeout,
-            room: Room::default(),
-            sending: Mutex::default(),
-            books,
-        })
+        let line = Mutex::new(Line::open(&config, &books, delivery_timeout)?);
+        Ok(Self { config, line, delivery_timeout, room: Room::default(), books })
     }
 
     /// Waits until everything that was accepted before is answered.
@@ -177,12 +122,17 @@ impl Producing {
         }
     }
 
+    /// Takes a topic for one that nothing was sent to yet.
+    pub(super) fn forget(&self, topic: &Topic) {
+        self.line.lock().forget(topic);
+    }
+
     /// Hands a batch to the client.
     fn send(&self, queued: Queued, n_partitions: u32) {
-        let _one_at_a_time = self.sending.lock();
+        let mut line = self.line.lock();
         if self.books.is_fatal.swap(false, Atomic::AcqRel) {
-            match create(&self.config, &self.books) {
-                Ok(producer) => *self.producer.write() = Arc::new(producer),
+            match Line::open(&self.config, &self.books, self.delivery_timeout) {
+                Ok(another) => *line = another,
                 Err(error) => {
                     self.books.is_fatal.store(true, Atomic::Release);
                     return queued.fail(&error);
@@ -207,7 +157,6 @@ impl Producing {
             n_left: AtomicUsize::new(n_events),
             books: self.books.clone(),
         });
-        let producer = self.producer.read();
         let mut held: HashSet<Key> = HashSet::new();
         for (at, event) in events.iter().enumerate() {
             if event.key().is_some_and(|key| held.contains(key)) {
@@ -216,43 +165,19 @@ impl Producing {
                 pending.report(at, Err(error));
                 continue;
             }
-            let mut record: BaseRecord<'_, [u8], [u8], Waiting> =
-                BaseRecord::with_opaque_to(topic.as_str(), Box::new((pending.clone(), at)))
-                    .partition(partition::of_envelope(event, n_partitions).0 as i32)
-                    .headers(record::headers(event));
-            if let Some(key) = event.key() {
-                record = record.key(key.as_bytes());
-            }
-            if let Some(payload) = event.payload() {
-                record = record.payload(payload);
-            }
-            if let Err((error, _)) = producer.send(record) {
+            let partition = partition::of_envelope(event, n_partitions);
+            let waiting = Box::new(Awaited { batch: pending.clone(), at });
+            if let Err((error, waiting)) = line.send(&topic, partition, event, waiting) {
                 held.extend(event.key().cloned());
                 if error.rdkafka_error_code() == Some(Code::Fatal) {
                     self.books.is_fatal.store(true, Atomic::Release);
                     let error =
                         Error::new(ErrorKind::Unavailable, "the producer is made anew").caused_by(error);
-                    pending.report(at, Err(error));
+                    waiting.report(Err(error));
                 } else {
-                    pending.report(at, Err(from_kafka(error)));
+                    waiting.report(Err(from_kafka(error)));
                 }
             }
-        }
-    }
-}
-
-impl Drop for Producing {
-    /// What was accepted is still sent, on a thread of its own: to let go of a producer blocks, and drops its queue.
-    fn drop(&mut self) {
-        let (producer, within) = (self.producer.get_mut().clone(), self.delivery_timeout);
-        let last = std::thread::Builder::new().name("eventbus-kafka-last".to_owned());
-        let sent = last.spawn(move || {
-            if let Err(error) = producer.flush(within) {
-                tracing::warn!(%error, "a Kafka producer was dropped before all was sent");
-            }
-        });
-        if let Err(error) = sent {
-            tracing::warn!(%error, "a Kafka producer was dropped, and no thread could be had to send the rest");
         }
     }
 }
