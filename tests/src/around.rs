@@ -82,11 +82,18 @@ impl<E: Enqueue> Publisher for Enqueues<E> {
     }
 }
 
-/// Another way to poll.
+/// Another way to poll, or to settle.
 #[async_trait]
 pub trait Poll: Debug + Send + Sync + 'static {
     /// Polls `inner`.
-    async fn poll(&self, inner: &dyn Consumer, max: NonZeroUsize) -> Result<Polled>;
+    async fn poll(&self, inner: &dyn Consumer, max: NonZeroUsize) -> Result<Polled> {
+        inner.poll(max).await
+    }
+
+    /// Settles through `inner`.
+    async fn settle(&self, inner: &dyn Consumer, outcomes: &[(Token, Settle)]) -> Result<Settled> {
+        inner.settle(outcomes).await
+    }
 }
 
 /// A consumer that polls in another way.
@@ -100,7 +107,7 @@ impl<P: Poll> Consumer for Polls<P> {
     }
 
     async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
-        self.0.settle(outcomes).await
+        self.1.settle(&*self.0, outcomes).await
     }
 
     async fn release(&self, partitions: &[PartitionId]) -> Result<()> {

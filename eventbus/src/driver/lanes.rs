@@ -1,6 +1,6 @@
 //! Lanes: events of one key wait for each other, keys do not.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasher, BuildHasherDefault, Hash, Hasher};
 
 use foldhash::quality::RandomState;
@@ -55,6 +55,9 @@ impl Hasher for AsItIs {
 
 type ByLane<T> = HashMap<Lane, T, BuildHasherDefault<AsItIs>>;
 
+/// An event that is handed back: its delivery and its place.
+pub(super) type Handed = (Token, PartitionId, Option<Offset>);
+
 /// What a worker does for a lane.
 pub(super) enum Work {
     /// An event from the source.
@@ -78,14 +81,63 @@ struct Inner {
     busy: ByLane<VecDeque<Work>>,
     /// Work whose lane is free.
     ready: VecDeque<(Lane, Work)>,
-    /// Lanes whose event was handed back: nothing later runs before that event is here again.
-    paused: ByLane<(PartitionId, Option<Offset>)>,
+    /// Lanes of which events were handed back: nothing later runs before they are here again.
+    paused: ByLane<Awaited>,
+    /// What is being handed back, with its place.
+    returning: foldhash::HashMap<Token, (Lane, Option<Offset>)>,
+    /// Polls that were begun.
+    n_polls: u64,
     /// Workers that wait for work and that nobody has woken yet.
     n_asleep: usize,
     closed: bool,
 }
 
+/// Events of a lane that were handed back and are not here again.
+struct Awaited {
+    partition: PartitionId,
+    events: BTreeMap<Option<Offset>, Back>,
+}
+
+/// How far an event is that was handed back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Back {
+    /// The transport was not told yet, or has not answered: a poll may still bring what follows it.
+    Going,
+    /// It is the transport's since so many polls were begun: a later one brings nothing of its key before it.
+    Gone(u64),
+}
+
 impl Inner {
+    /// Notes that an event of a lane is handed back.
+    fn await_again(&mut self, lane: &Lane, (token, partition, offset): Handed) {
+        let fresh = || Awaited { partition, events: BTreeMap::new() };
+        self.paused.entry(*lane).or_insert_with(fresh).events.insert(offset, Back::Going);
+        self.returning.insert(token, (*lane, offset));
+    }
+
+    /// Whether an event may run: nothing that was handed back stands before it.
+    fn may_run(&mut self, lane: &Lane, partition: PartitionId, offset: Option<Offset>, poll: u64) -> bool {
+        let Some(awaited) = self.paused.get_mut(lane).filter(|awaited| awaited.partition == partition) else {
+            return true;
+        };
+        while let Some((first, back)) = awaited.events.first_key_value().filter(|(first, _)| **first < offset)
+        {
+            match back {
+                // It would have come before this one. It is settled elsewhere, or was removed.
+                Back::Gone(since) if *since < poll => {
+                    let first = *first;
+                    awaited.events.remove(&first);
+                }
+                _ => return false,
+            }
+        }
+        awaited.events.remove(&offset);
+        if awaited.events.is_empty() {
+            self.paused.remove(lane);
+        }
+        true
+    }
+
     /// Frees a lane; returns what waited behind.
     fn free(&mut self, lane: &Lane) -> Option<Work> {
         let next = self.busy.get_mut(lane).and_then(VecDeque::pop_front);
@@ -104,30 +156,51 @@ impl Lanes {
         }
     }
 
-    /// Adds deliveries in order. Returns those that are to go back, because an earlier event of their
-    /// lane was handed back while they were on their way.
+    /// Notes that a poll begins; returns its number.
+    pub(super) fn poll_begins(&self) -> u64 {
+        let mut inner = self.inner.lock();
+        inner.n_polls += 1;
+        inner.n_polls
+    }
+
+    /// Adds the deliveries that a poll brought, in order. Returns those that are to go back, because an earlier event
+    /// of their lane was handed back while they were on their way.
     #[must_use]
-    pub(super) fn add(&self, deliveries: Vec<Delivery>) -> Vec<Token> {
+    pub(super) fn add(&self, deliveries: Vec<Delivery>, poll: u64) -> Vec<Token> {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         let mut early = Vec::new();
         for delivery in deliveries {
             let lane = self.lane_of(&delivery);
-            match inner.paused.get(&lane) {
-                Some((partition, awaited))
-                    if *partition == delivery.partition && delivery.offset > *awaited =>
-                {
-                    early.push(delivery.token);
-                    continue;
-                }
-                Some(_) => {
-                    inner.paused.remove(&lane);
-                }
-                None => {}
+            let Delivery { token, partition, offset, .. } = delivery;
+            if inner.may_run(&lane, partition, offset, poll) {
+                self.queue(inner, lane, Work::Delivery(delivery));
+            } else {
+                inner.await_again(&lane, (token, partition, offset));
+                early.push(token);
             }
-            self.queue(inner, lane, Work::Delivery(delivery));
         }
         early
+    }
+
+    /// Notes what became of settles: the transport has what was handed back among them, or may still have it in flight,
+    /// and then brings what follows first.
+    pub(super) fn settled(&self, tokens: impl Iterator<Item = Token>, taken: bool) {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        // Nothing is handed back most of the time.
+        if inner.returning.is_empty() {
+            return;
+        }
+        for token in tokens {
+            if let Some((lane, offset)) = inner.returning.remove(&token)
+                && taken
+                && let Some(back) =
+                    inner.paused.get_mut(&lane).and_then(|awaited| awaited.events.get_mut(&offset))
+            {
+                *back = Back::Gone(inner.n_polls);
+            }
+        }
     }
 
     /// Adds the head of a parked key, in the lane of its key.
@@ -157,19 +230,20 @@ impl Lanes {
         }
     }
 
-    /// Stops a lane until the event that is handed back returns. Returns what waited behind it.
+    /// Stops a lane until the event that is handed back returns. Returns what waited behind it, which goes back too.
     #[must_use]
-    pub(super) fn pause(
-        &self,
-        lane: &Lane,
-        partition: PartitionId,
-        awaited: Option<Offset>,
-    ) -> VecDeque<Work> {
+    pub(super) fn pause(&self, lane: &Lane, handed: Handed) -> VecDeque<Work> {
         let mut inner = self.inner.lock();
+        let behind = inner.busy.get_mut(lane).map(std::mem::take).unwrap_or_default();
         if lane.keyed {
-            inner.paused.insert(*lane, (partition, awaited));
+            inner.await_again(lane, handed);
+            for work in &behind {
+                if let Work::Delivery(Delivery { token, partition, offset, .. }) = work {
+                    inner.await_again(lane, (*token, *partition, *offset));
+                }
+            }
         }
-        inner.busy.get_mut(lane).map(std::mem::take).unwrap_or_default()
+        behind
     }
 
     /// Lets a lane go on after all: what was awaited comes to another member now.
@@ -179,7 +253,7 @@ impl Lanes {
 
     /// Forgets what is awaited of partitions that are no longer ours.
     pub(super) fn forget(&self, partitions: &[PartitionId]) {
-        self.inner.lock().paused.retain(|_, (partition, _)| !partitions.contains(partition));
+        self.inner.lock().paused.retain(|_, awaited| !partitions.contains(&awaited.partition));
     }
 
     /// Frees the lane that its worker is done with, and waits for work: what waited behind that lane comes
@@ -278,13 +352,14 @@ mod tests {
     #[tokio::test]
     async fn a_key_runs_one_at_a_time_and_others_go_on() {
         let lanes = Lanes::default();
-        let early = lanes.add(vec![
+        let five = vec![
             delivery(Some("a"), 1),
             delivery(Some("a"), 2),
             delivery(Some("b"), 3),
             delivery(None, 4),
             delivery(None, 5),
-        ]);
+        ];
+        let early = lanes.add(five, 1);
         assert!(early.is_empty());
         let mut taken = Vec::new();
         for _ in 0..4 {
@@ -302,11 +377,11 @@ mod tests {
         let lanes = Lanes::default();
         assert!(
             lanes
-                .add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2), delivery(Some("b"), 3)])
+                .add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2), delivery(Some("b"), 3)], 1)
                 .is_empty()
         );
         let (running, _) = lanes.next(None).await.unwrap();
-        assert!(lanes.add(vec![delivery(Some("b"), 4), delivery(Some("b"), 5)]).is_empty());
+        assert!(lanes.add(vec![delivery(Some("b"), 4), delivery(Some("b"), 5)], 1).is_empty());
         let waiting: Vec<_> = lanes.take_waiting().iter().map(low).collect();
         // A lane that is put back must begin with its first.
         assert_eq!(waiting, [3, 4, 5, 2]);
@@ -314,20 +389,69 @@ mod tests {
         assert!(lanes.next(Some(running)).await.is_none());
     }
 
+    fn handed(n: u64) -> Handed {
+        (Token::new(0, n), PartitionId(0), Some(Offset(n)))
+    }
+
+    async fn runs(lanes: &Lanes, n_runs: usize) -> Vec<u64> {
+        let (mut order, mut done) = (Vec::new(), None);
+        for _ in 0..n_runs {
+            let (lane, work) = lanes.next(done.take()).await.unwrap();
+            order.push(low(&work));
+            done = Some(lane);
+        }
+        order
+    }
+
+    /// Event 1 of a key was handed back with event 2, which waited behind it.
+    async fn handed_back() -> Lanes {
+        let lanes = Lanes::default();
+        let poll = lanes.poll_begins();
+        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)], poll).is_empty());
+        let (lane, _) = lanes.next(None).await.unwrap();
+        assert_eq!(lanes.pause(&lane, handed(1)).len(), 1);
+        lanes.pass_on(&lane);
+        lanes
+    }
+
     #[tokio::test]
     async fn a_paused_lane_takes_nothing_before_the_awaited_event() {
-        let lanes = Lanes::default();
-        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
-        let (lane, _) = lanes.next(None).await.unwrap();
-        assert_eq!(lanes.pause(&lane, PartitionId(0), Some(Offset(1))).len(), 1);
-        lanes.pass_on(&lane);
-        assert_eq!(lanes.add(vec![delivery(Some("a"), 3), delivery(Some("b"), 4)]), [Token::new(0, 3)]);
-        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)]).is_empty());
-        let order: Vec<_> = [lanes.next(None).await, lanes.next(None).await]
-            .into_iter()
-            .flatten()
-            .map(|(_, work)| low(&work))
-            .collect();
-        assert_eq!(order, [4, 1]);
+        let lanes = handed_back().await;
+        let poll = lanes.poll_begins();
+        let early = lanes.add(vec![delivery(Some("a"), 3), delivery(Some("b"), 4)], poll);
+        assert_eq!(early, [Token::new(0, 3)]);
+        assert!(lanes.add(vec![delivery(Some("a"), 1), delivery(Some("a"), 2)], poll).is_empty());
+        assert_eq!(runs(&lanes, 3).await, [4, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn what_came_too_early_is_awaited_as_well() {
+        let lanes = handed_back().await;
+        let poll = lanes.poll_begins();
+        assert_eq!(lanes.add(vec![delivery(Some("a"), 3)], poll), [Token::new(0, 3)]);
+        // The transport has 1 and 2 back, and not yet 3: it goes on with what follows.
+        lanes.settled([1, 2].map(|n| Token::new(0, n)).into_iter(), true);
+        let next = vec![delivery(Some("a"), 1), delivery(Some("a"), 2), delivery(Some("a"), 4)];
+        assert_eq!(lanes.add(next, lanes.poll_begins()), [Token::new(0, 4)]);
+        lanes.settled([3, 4].map(|n| Token::new(0, n)).into_iter(), true);
+        let last = vec![delivery(Some("a"), 3), delivery(Some("a"), 4), delivery(Some("a"), 5)];
+        assert!(lanes.add(last, lanes.poll_begins()).is_empty());
+        assert_eq!(runs(&lanes, 5).await, [1, 2, 3, 4, 5]);
+    }
+
+    #[tokio::test]
+    async fn a_lane_does_not_wait_for_what_is_gone() {
+        let lanes = handed_back().await;
+        let before = lanes.poll_begins();
+        lanes.settled([1, 2].map(|n| Token::new(0, n)).into_iter(), true);
+        // This poll may have looked before the transport had them back.
+        assert_eq!(lanes.add(vec![delivery(Some("a"), 3)], before), [Token::new(0, 3)]);
+        lanes.settled(std::iter::once(Token::new(0, 3)), true);
+        // Retention removed 1 and 2.
+        let after = lanes.poll_begins();
+        assert!(lanes.add(vec![delivery(Some("a"), 3), delivery(Some("a"), 4)], after).is_empty());
+        assert_eq!(runs(&lanes, 2).await, [3, 4]);
+        let inner = lanes.inner.lock();
+        assert!(inner.paused.is_empty() && inner.returning.is_empty());
     }
 }

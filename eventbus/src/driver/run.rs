@@ -10,12 +10,11 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::handle;
-use super::lanes::{Lane, Work};
+use super::lanes::{Handed, Lane, Work};
 use super::layers::metrics::Meters;
 use super::silence;
 use super::subscribed::Subscribed;
 use super::{MAX_PAUSE, PAUSE};
-use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::partition::PartitionId;
 use crate::transport::{Consumer, Delivery, Polled, Settle, Token};
@@ -90,7 +89,8 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
     let mut pause = PAUSE;
     let mut leaving: BTreeSet<PartitionId> = BTreeSet::new();
     loop {
-        let consumer = subscribed.consumer();
+        let (consumer, poll) = (subscribed.consumer(), subscribed.lanes.poll_begins());
+        let polling = consumer.poll(subscribed.policy.window);
         let polled = tokio::select! {
             biased;
             () = async { drop(stop.wait_for(|stop| *stop).await) } => return Ok(()),
@@ -121,7 +121,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 }
                 continue;
             }
-            polled = consumer.poll(subscribed.policy.window) => polled,
+            polled = polling => polled,
         };
         subscribed.polling_fails.store(polled.is_err(), Atomic::Relaxed);
         match polled {
@@ -132,7 +132,7 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 if !gain(subscribed, of.collect(), stop).await? {
                     return Ok(());
                 }
-                add(subscribed, deliveries);
+                add(subscribed, deliveries, poll);
             }
             Ok(Polled::Assigned(partitions)) => {
                 subscribed.lanes.forget(&partitions);
@@ -150,7 +150,8 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 let (gone, kept): (Vec<_>, Vec<_>) =
                     waiting.into_iter().partition(|d| partitions.contains(&d.partition));
                 subscribed.lose(gone.iter().map(|delivery| delivery.token));
-                add(subscribed, kept);
+                // They came before whatever was handed back meanwhile.
+                add(subscribed, kept, 0);
                 subscribed.lanes.forget(&partitions);
                 leaving.extend(partitions);
             }
@@ -266,8 +267,8 @@ async fn gain(
 }
 
 /// Puts deliveries into their lanes; those that came too early go back.
-fn add(subscribed: &Subscribed, deliveries: Vec<Delivery>) {
-    let early = subscribed.lanes.add(deliveries);
+fn add(subscribed: &Subscribed, deliveries: Vec<Delivery>, poll: u64) {
+    let early = subscribed.lanes.add(deliveries, poll);
     if !early.is_empty() {
         subscribed.settling.send(early.into_iter().map(|token| (token, Settle::Return)));
     }
@@ -321,20 +322,14 @@ async fn deliver_batch(subscribed: &Subscribed, mut batch: Vec<(Lane, Delivery)>
 }
 
 /// Sends how a delivery is settled, and what of its lane goes back with it.
-fn send(
-    subscribed: &Subscribed,
-    lane: &Lane,
-    (token, partition, offset): (Token, PartitionId, Option<Offset>),
-    how: Settle,
-) {
+fn send(subscribed: &Subscribed, lane: &Lane, handed: Handed, how: Settle) {
     let behind = match how {
-        Settle::Retry { .. } | Settle::Return if subscribed.ordered => {
-            subscribed.lanes.pause(lane, partition, offset)
-        }
+        Settle::Retry { .. } | Settle::Return if subscribed.ordered => subscribed.lanes.pause(lane, handed),
         _ => VecDeque::new(),
     };
     // A lost partition is struck from the books before its pauses are forgotten: whoever comes second
     // here undoes the pause.
+    let (token, ..) = handed;
     if !subscribed.holds(token) {
         subscribed.lanes.unpause(lane);
     }
@@ -372,7 +367,7 @@ async fn settle(subscribed: Arc<Subscribed>) {
     let mut batch = Vec::new();
     while subscribed.settling.next(&mut batch).await {
         let mut pause = PAUSE;
-        loop {
+        let taken = loop {
             let delay = batch.iter().filter_map(|(_, how)| match how {
                 Settle::Retry { after } => *after,
                 _ => None,
@@ -385,7 +380,7 @@ async fn settle(subscribed: Arc<Subscribed>) {
                     if !settled.lost.is_empty() {
                         tracing::warn!(n = settled.lost.len(), topic = %subscribed.topic, "deliveries were lost before their settle; they run again");
                     }
-                    break;
+                    break true;
                 }
                 Err(error) if error.is_retryable() => {
                     tracing::warn!(%error, topic = %subscribed.topic, "settling failed; trying again");
@@ -394,10 +389,11 @@ async fn settle(subscribed: Arc<Subscribed>) {
                 }
                 Err(error) => {
                     tracing::error!(%error, topic = %subscribed.topic, "settling failed");
-                    break;
+                    break false;
                 }
             }
-        }
+        };
+        subscribed.lanes.settled(batch.iter().map(|(token, _)| *token), taken);
         subscribed.strike(batch.drain(..).map(|(token, _)| token));
     }
 }

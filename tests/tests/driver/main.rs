@@ -4,6 +4,7 @@
 mod batch;
 mod bounds;
 mod layers;
+mod order;
 mod request;
 
 use std::collections::HashMap;
