@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a process of the run does until it is told to end.
+/// What a process of the run does until it is told to end. What it says goes to its log (`RUST_LOG`).
 fn role(url: &str, topic: &str, folder: &str, id: &str, bug: &str, produces: bool) -> Result<bool, String> {
     let place = Place {
         url: url.to_owned(),
@@ -47,6 +47,8 @@ fn role(url: &str, topic: &str, folder: &str, id: &str, bug: &str, produces: boo
         id: id.parse().map_err(|_| USAGE.to_owned())?,
         bug: Bug::parse(bug)?,
     };
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
