@@ -102,7 +102,7 @@ struct Awaited {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Back {
     /// The transport was not told yet, or has not answered: a poll may still bring what follows it.
-    Going,
+    Going(Token),
     /// It is the transport's since so many polls were begun: a later one brings nothing of its key before it.
     Gone(u64),
 }
@@ -111,7 +111,7 @@ impl Inner {
     /// Notes that an event of a lane is handed back.
     fn await_again(&mut self, lane: &Lane, (token, partition, offset): Handed) {
         let fresh = || Awaited { partition, events: BTreeMap::new() };
-        self.paused.entry(*lane).or_insert_with(fresh).events.insert(offset, Back::Going);
+        self.paused.entry(*lane).or_insert_with(fresh).events.insert(offset, Back::Going(token));
         self.returning.insert(token, (*lane, offset));
     }
 
@@ -197,6 +197,8 @@ impl Lanes {
                 && taken
                 && let Some(back) =
                     inner.paused.get_mut(&lane).and_then(|awaited| awaited.events.get_mut(&offset))
+                // It may have come again before the answer did, and been handed back once more.
+                && *back == Back::Going(token)
             {
                 *back = Back::Gone(inner.n_polls);
             }
@@ -437,6 +439,18 @@ mod tests {
         let last = vec![delivery(Some("a"), 3), delivery(Some("a"), 4), delivery(Some("a"), 5)];
         assert!(lanes.add(last, lanes.poll_begins()).is_empty());
         assert_eq!(runs(&lanes, 5).await, [1, 2, 3, 4, 5]);
+    }
+
+    #[tokio::test]
+    async fn an_answer_speaks_of_its_own_delivery() {
+        let lanes = handed_back().await;
+        // Event 1 comes again before the answer to its settle does, and is handed back again.
+        let again = |n: u64| Delivery { token: Token::new(1, n), ..delivery(Some("a"), n) };
+        assert!(lanes.add(vec![again(1)], lanes.poll_begins()).is_empty());
+        let (lane, _) = lanes.next(None).await.unwrap();
+        assert!(lanes.pause(&lane, (Token::new(1, 1), PartitionId(0), Some(Offset(1)))).is_empty());
+        lanes.settled([1, 2].map(|n| Token::new(0, n)).into_iter(), true);
+        assert_eq!(lanes.add(vec![delivery(Some("a"), 3)], lanes.poll_begins()), [Token::new(0, 3)]);
     }
 
     #[tokio::test]
