@@ -10,6 +10,7 @@
 //! the partition next begins where the last owner stood, whatever became of it. The low-water mark is the
 //! position of the group in that topic.
 
+mod bodies;
 mod fold;
 mod operator;
 mod place;
@@ -83,6 +84,7 @@ impl Parked {
             topic: topic.clone(),
             group: group.clone(),
             source: source.clone(),
+            bodies: bodies::Taken::default(),
         };
         let admin = log.admin()?;
         let Some(info) = admin.topic(source).await? else {

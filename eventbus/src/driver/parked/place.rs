@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
+use super::bodies::{Bodies, Taken};
 use super::fold::{Fold, Meets, Now, Waiting};
 use super::planted::{Bug, planted};
 use super::record::{self, Parked, Record, Sequence};
@@ -37,6 +38,7 @@ pub(super) struct Log {
     pub(super) group: Group,
     /// What is consumed.
     pub(super) source: Topic,
+    pub(super) bodies: Taken,
 }
 
 impl Log {
@@ -116,6 +118,7 @@ pub(in crate::driver) struct Place {
     slot: Key,
     taking: tokio::sync::Mutex<()>,
     fold: Mutex<Fold>,
+    bodies: Mutex<Bodies>,
     /// Shared by what appends, alone for a sweep: no record falls between its copies.
     writing: tokio::sync::RwLock<()>,
     reading: tokio::sync::Mutex<()>,
@@ -147,6 +150,7 @@ impl Place {
 
     async fn gain_from(log: Arc<Log>, partition: PartitionId, slot: Key, low: u64) -> Result<Self> {
         let place = Self {
+            bodies: Mutex::new(Bodies::new(&log.bodies)),
             log,
             partition,
             slot,
@@ -201,6 +205,8 @@ impl Place {
         let _shared = self.writing.read().await;
         let record = record::park(event, &parked, &self.slot, self.epoch().await?);
         let position = self.log.append(self.partition, record).await?;
+        // First: once it is parked, it may be run to its end by others, which forgets the body.
+        self.bodies.lock().keep(event);
         self.fold.lock().park(parked, position.map(|position| position.0), false, Now::get());
         Ok(())
     }
@@ -229,6 +235,7 @@ impl Place {
         }
         self.append(&Record::Done { id: id.clone() }).await?;
         self.fold.lock().done(id);
+        self.bodies.lock().drop_one(id);
         Ok(())
     }
 
@@ -261,7 +268,16 @@ impl Place {
                 if ours && planted(Bug::ForgetsParkedOnTakeover) {
                     *fold = Fold::from(position);
                 }
-                fold.read(position, record::parse(&envelope), now);
+                let entry = record::parse(&envelope);
+                let of = entry.as_ref().and_then(|entry| match &entry.record {
+                    Record::Park(parked) => Some(parked.id.clone()),
+                    Record::Done { id } | Record::Resolve { id, .. } => Some(id.clone()),
+                    _ => None,
+                });
+                fold.read(position, entry, now);
+                if let Some(id) = of {
+                    self.keep_body(&id, &fold, &envelope);
+                }
                 if ours {
                     fold.begin(position);
                 }
@@ -272,8 +288,21 @@ impl Place {
         }
     }
 
+    /// Keeps the body that a record brought, or forgets one that nobody needs any more.
+    fn keep_body(&self, id: &EventId, fold: &Fold, record: &Envelope) {
+        let mut bodies = self.bodies.lock();
+        if fold.position(id).is_none() {
+            bodies.drop_one(id);
+        } else if let Ok(event) = record::unpark(record) {
+            bodies.keep(&event);
+        }
+    }
+
     /// Reads the event of a parked one.
     pub(in crate::driver) async fn body(&self, waiting: &Waiting) -> Result<Envelope> {
+        if let Some(event) = self.bodies.lock().get(&waiting.parked.id) {
+            return Ok(event.clone());
+        }
         let mut position = self.fold.lock().position(&waiting.parked.id).or(waiting.position);
         if position.is_none() {
             // The confirm named no offset: it is where we read it.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rdkafka::ClientConfig;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::{ClientContext, DefaultClientContext};
@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::url::Url;
 
-/// Readers of ranges that are kept for the next read.
+/// Readers of ranges: so many ranges are read at a time.
 const MAX_READERS: usize = 8;
 /// For how long the number of partitions of a topic is believed.
 const TOPIC_AGE: Duration = Duration::from_secs(30);
@@ -33,13 +33,22 @@ pub(super) struct Client {
     admin: AdminClient<DefaultClientContext>,
     /// Looks at metadata and positions.
     pub(super) reader: Mutex<BaseConsumer<Quiet>>,
-    /// Read ranges, outside of any group; those that nobody uses now.
-    readers: Mutex<Vec<BaseConsumer<Quiet>>>,
+    /// Read ranges, outside of any group.
+    readers: Mutex<Readers>,
+    /// Rung when one is free.
+    returned: Condvar,
     pub(super) producing: Producing,
     topics: Mutex<HashMap<Topic, (u32, Instant)>>,
     /// The ends of partitions that somebody waits for.
     pub(super) ends: Arc<Ends>,
     closed: AtomicBool,
+}
+
+#[derive(Default)]
+struct Readers {
+    /// Those that nobody uses now.
+    kept: Vec<BaseConsumer<Quiet>>,
+    n_lent: usize,
 }
 
 /// A context that passes what librdkafka says on as debug messages: what matters comes back as errors.
@@ -138,6 +147,7 @@ impl Client {
                 admin,
                 reader: Mutex::new(reader),
                 readers: Mutex::default(),
+                returned: Condvar::new(),
                 producing,
                 topics: Mutex::default(),
                 ends,
@@ -157,17 +167,22 @@ impl Client {
     }
 
     /// Lends a reader of ranges. Each reads one range at a time; a few are kept.
+    /// Waits for one that is free. Blocks.
     pub(super) fn with_reader<T>(&self, read: impl FnOnce(&BaseConsumer<Quiet>) -> Result<T>) -> Result<T> {
-        let kept = self.readers.lock().pop();
-        let lent = match kept {
-            Some(lent) => lent,
-            None => reader(&self.config, Quiet::default())?,
+        let kept = {
+            let mut readers = self.readers.lock();
+            while readers.n_lent == MAX_READERS {
+                self.returned.wait(&mut readers);
+            }
+            readers.n_lent += 1;
+            readers.kept.pop()
         };
-        let outcome = read(&lent);
+        let lent = kept.map_or_else(|| reader(&self.config, Quiet::default()), Ok);
+        let outcome = lent.as_ref().map_err(Error::duplicate).and_then(read);
         let mut readers = self.readers.lock();
-        if readers.len() < MAX_READERS {
-            readers.push(lent);
-        }
+        readers.n_lent -= 1;
+        readers.kept.extend(lent);
+        self.returned.notify_one();
         outcome
     }
 

@@ -29,6 +29,7 @@ async fn log(world: &World) -> Arc<Log> {
         topic,
         group: group(),
         source: source(),
+        bodies: super::super::bodies::Taken::default(),
     })
 }
 
