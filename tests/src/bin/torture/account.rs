@@ -1,8 +1,12 @@
 //! The account: what was confirmed against what was handled.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Consumers that handled nothing for so long, in milliseconds, will not bring what is left.
+const STILL_MS: u64 = 10_000;
 
 /// What a run came to.
 #[derive(Debug, Default)]
@@ -69,10 +73,18 @@ fn effects(folder: &Path) -> Result<Vec<(u64, String, u64)>, String> {
     lines.lines().map(|line| read(line).ok_or_else(|| format!("a torn line: {line}"))).collect()
 }
 
+/// The time of day, in milliseconds: what effects are noted with.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Compares.
 pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> Result<Report, String> {
     let confirmed = confirmed(folder, n_producers)?;
     let mut next: HashMap<String, u64> = HashMap::new();
+    // What was passed over by a later one of its key.
+    let mut missing: BTreeSet<(String, u64)> = BTreeSet::new();
     let mut before = None;
     for (at, key, n) in effects(folder)? {
         report.n_handled += 1;
@@ -82,10 +94,12 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
         let due = next.entry(key.clone()).or_default();
         // An event may come again; the first time it comes, all before it of its key have been here.
         match n.cmp(due) {
+            std::cmp::Ordering::Less if missing.remove(&(key.clone(), n)) => {}
             std::cmp::Ordering::Less => report.n_repeated += 1,
             std::cmp::Ordering::Equal => *due += 1,
             std::cmp::Ordering::Greater => {
                 report.violations.push(format!("order: {key} {n} was handled before {due}"));
+                missing.extend((*due..n).map(|n| (key.clone(), n)));
                 *due = n + 1;
             }
         }
@@ -94,11 +108,14 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
             report.violations.push(format!("ghost: {key} {n} was never published"));
         }
     }
+    report.violations.extend(missing.iter().map(|(key, n)| format!("loss: {key} {n} was never handled")));
+    let is_busy = before.is_some_and(|last| now_ms().saturating_sub(last) < STILL_MS);
     for (key, end) in &confirmed {
         report.n_confirmed += end;
         let seen = next.get(key).copied().unwrap_or(0);
         if seen < *end {
-            report.violations.push(format!("loss: {key} ends at {seen}, and {end} were confirmed"));
+            let what = if is_busy { "late" } else { "loss" };
+            report.violations.push(format!("{what}: {key} ends at {seen}, and {end} were confirmed"));
         }
     }
     if report.n_confirmed == 0 {

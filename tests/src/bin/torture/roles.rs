@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use eventbus::{
     Bus, Envelope, ErrorKind, Event, EventId, Failure, Retry, Service, Start, State, Topic, Typed,
@@ -13,6 +13,7 @@ use eventbus::{
 use eventbus_tests::around::Around;
 use parking_lot::Mutex;
 
+use crate::account::now_ms;
 use crate::bugs::{Bug, Planted};
 
 /// Producers, and keys of each.
@@ -130,8 +131,7 @@ struct Hand {
 
 impl Hand {
     fn note(&self, step: &Step) -> eventbus::Result<()> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let line = format!("{now} {} {}\n", step.key, step.n);
+        let line = format!("{} {} {}\n", now_ms(), step.key, step.n);
         self.effects.lock().write_all(line.as_bytes()).map_err(written)
     }
 
