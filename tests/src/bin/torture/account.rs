@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Consumers that handled nothing for so long, in milliseconds, will not bring what is left.
-const STILL_MS: u64 = 10_000;
+/// Consumers that handled nothing new for so long will not bring what is left.
+pub(crate) const STILL: Duration = Duration::from_secs(30);
 
 /// What a run came to.
 #[derive(Debug, Default)]
@@ -109,13 +109,11 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
         }
     }
     report.violations.extend(missing.iter().map(|(key, n)| format!("loss: {key} {n} was never handled")));
-    let is_busy = before.is_some_and(|last| now_ms().saturating_sub(last) < STILL_MS);
     for (key, end) in &confirmed {
         report.n_confirmed += end;
         let seen = next.get(key).copied().unwrap_or(0);
         if seen < *end {
-            let what = if is_busy { "late" } else { "loss" };
-            report.violations.push(format!("{what}: {key} ends at {seen}, and {end} were confirmed"));
+            report.violations.push(format!("loss: {key} ends at {seen}, and {end} were confirmed"));
         }
     }
     if report.n_confirmed == 0 {

@@ -15,7 +15,7 @@ use crate::roles::N_PRODUCERS;
 const N_CONSUMERS: usize = 3;
 /// Silence after which a consumer loses what it has.
 const SESSION: Duration = Duration::from_secs(2);
-/// How long what is left may take when nothing disturbs any more.
+/// How long a producer may take for its last round when nothing disturbs any more.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How often the broker is killed.
 const RESTART_EVERY: u64 = 20;
@@ -142,12 +142,17 @@ pub(crate) fn run(
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    let end = Instant::now() + PATIENCE;
     let confirmed = account::confirmed(folder, N_PRODUCERS)?;
-    while Instant::now() < end {
+    // What is left takes as long as it takes, while there is progress.
+    let (mut n_before, mut moved_at) = (0, Instant::now());
+    while moved_at.elapsed() < account::STILL {
         let handled = account::handled(folder)?;
         if confirmed.iter().all(|(key, end)| handled.get(key).is_some_and(|seen| seen >= end)) {
             break;
+        }
+        let n_handled = handled.values().sum::<u64>();
+        if n_handled > n_before {
+            (n_before, moved_at) = (n_handled, Instant::now());
         }
         for consumer in &mut consumers {
             if consumer.child.try_wait().is_ok_and(|status| status.is_some()) {
