@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Consumers that handled nothing new for so long will not bring what is left.
-pub(crate) const STILL: Duration = Duration::from_secs(30);
+/// Of each sort of violation so many are shown.
+const SHOWN: usize = 5;
 
 /// What a run came to.
 #[derive(Debug, Default)]
@@ -16,12 +16,17 @@ pub(crate) struct Report {
     n_handled: u64,
     n_repeated: u64,
     longest_gap_ms: u64,
-    pub(crate) violations: Vec<String>,
+    /// By what they are: order, loss, ghost.
+    violations: BTreeMap<&'static str, Vec<String>>,
 }
 
 impl Report {
     pub(crate) fn is_clean(&self) -> bool {
         self.violations.is_empty()
+    }
+
+    fn violated(&mut self, what: &'static str, how: String) {
+        self.violations.entry(what).or_default().push(how);
     }
 }
 
@@ -32,10 +37,13 @@ impl fmt::Display for Report {
         writeln!(f, "confirmed   {}", self.n_confirmed)?;
         writeln!(f, "handled     {}, {} of them again", self.n_handled, self.n_repeated)?;
         writeln!(f, "longest gap {} ms without an effect", self.longest_gap_ms)?;
-        for violation in self.violations.iter().take(10) {
-            writeln!(f, "VIOLATION   {violation}")?;
+        for (what, violations) in &self.violations {
+            writeln!(f, "VIOLATIONS  {what}: {}", violations.len())?;
+            for violation in violations.iter().take(SHOWN) {
+                writeln!(f, "            {violation}")?;
+            }
         }
-        write!(f, "{} violations", self.violations.len())
+        write!(f, "{} violations", self.violations.values().map(Vec::len).sum::<usize>())
     }
 }
 
@@ -98,26 +106,28 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
             std::cmp::Ordering::Less => report.n_repeated += 1,
             std::cmp::Ordering::Equal => *due += 1,
             std::cmp::Ordering::Greater => {
-                report.violations.push(format!("order: {key} {n} was handled before {due}"));
+                report.violated("order", format!("{key} {n} was handled before {due}"));
                 missing.extend((*due..n).map(|n| (key.clone(), n)));
                 *due = n + 1;
             }
         }
         // At most one event of a key is on its way without a confirm.
         if n > confirmed.get(&key).copied().unwrap_or(0) {
-            report.violations.push(format!("ghost: {key} {n} was never published"));
+            report.violated("ghost", format!("{key} {n} was never published"));
         }
     }
-    report.violations.extend(missing.iter().map(|(key, n)| format!("loss: {key} {n} was never handled")));
+    for (key, n) in &missing {
+        report.violated("loss", format!("{key} {n} was never handled"));
+    }
     for (key, end) in &confirmed {
         report.n_confirmed += end;
         let seen = next.get(key).copied().unwrap_or(0);
         if seen < *end {
-            report.violations.push(format!("loss: {key} ends at {seen}, and {end} were confirmed"));
+            report.violated("loss", format!("{key} ends at {seen}, and {end} were confirmed"));
         }
     }
     if report.n_confirmed == 0 {
-        report.violations.push("nothing was confirmed: the run proved nothing".to_owned());
+        report.violated("proof", "nothing was confirmed: the run proved nothing".to_owned());
     }
     Ok(report)
 }
