@@ -127,6 +127,7 @@ macro_rules! __conformance_list {
             R1 replay_start_is_exact []
             R2 replay_leaves_live_groups_alone []
             R3 removed_history_is_data_loss []
+            R4 a_short_read_is_the_end []
             D1 confirmed_survives_kill [Kill]
             D2 confirmed_survives_restart [Restart]
             D3 consumer_resumes_after_restart [Restart]

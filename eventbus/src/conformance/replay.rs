@@ -1,4 +1,4 @@
-//! R1–R3: reading again.
+//! R1–R4: reading again.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -10,6 +10,9 @@ use crate::capability::Replay;
 use crate::error::ErrorKind;
 use crate::subscription::Start;
 use crate::transport::Polled;
+
+/// More events than a transport may be inclined to bring at once.
+const N_PAGED: usize = 700;
 
 /// A start that is not claimed must be refused; the administration if the case goes on.
 async fn claims<'a>(cx: &Cx, s: &'a Setup, replay: Replay) -> Checked<Option<&'a dyn Admin>> {
@@ -116,6 +119,22 @@ pub(super) async fn replay_leaves_live_groups_alone(mut cx: Cx) -> Checked {
     s.member.ack(&rest).await?;
     s.member.stays_quiet("after the rest").await?;
     book.exactly_once()
+}
+
+/// Whoever reads page by page takes one that is not full for the last.
+pub(super) async fn a_short_read_is_the_end(mut cx: Cx) -> Checked {
+    let s = cx.setup().await?;
+    let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
+    let events = cx.events(N_PAGED, 1);
+    let receipts = s.publish(&events).await?;
+    for (at, max) in [(0, 1), (0, 257), (0, N_PAGED - 1), (0, N_PAGED), (100, 550), (100, 10 * N_PAGED)] {
+        let Some(from) = receipts[at].offset else {
+            return Err(Violation::new("replay by offset without offsets in receipts"));
+        };
+        let read = admin.read(&s.topic, receipts[at].partition, from, max).await?;
+        ensure_eq!(read.len(), max.min(N_PAGED - at), "records of {max} that were asked for from {from}");
+    }
+    Ok(())
 }
 
 pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {

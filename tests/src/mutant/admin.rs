@@ -75,6 +75,7 @@ impl Admin for MutantAdmin {
     ) -> Result<Vec<Record>> {
         self.0.world.replayed.store(true, Atomic::SeqCst);
         let from = if self.0.is(Defect::ReplayOffByOne) { Offset(from.0 + 1) } else { from };
+        let max = if self.0.is(Defect::ReadsShortPages) { max.min(256) } else { max };
         self.0.memory.read(topic, partition, from, max).await
     }
 

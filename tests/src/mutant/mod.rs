@@ -118,6 +118,7 @@ mutants! {
     EarlyHandover "early_handover" on Plain: "O5";
     SecondActiveMember "second_active_member" on Strong: "O6";
     ReplayOffByOne "replay_off_by_one" on Strong: "R1";
+    ReadsShortPages "reads_short_pages" on Strong: "R4";
     TimeSeekExclusive "time_seek_exclusive" on Strong: "R1";
     ReplayMovesGroup "replay_moves_group" on Strong: "R2";
     JumpsToLatest "jumps_to_latest" on Strong: "R3";
