@@ -428,11 +428,6 @@ impl Session {
         Ok(Self { bus, broker, name, context, care })
     }
 
-    /// Returns the file of an embedded store.
-    pub(crate) fn file(&self) -> Option<std::path::PathBuf> {
-        file_of(&self.context.url)
-    }
-
     /// Returns the administration.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use eventbus::fitness::{Probe, Verdict};
 use eventbus::{Envelope, Group, Polled, Settle, Subscription, Topic};
 
 use crate::context::Session;
@@ -13,7 +14,7 @@ use crate::out::row;
 /// How long the canary may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Checks that the bus works: reads, counts, sends a canary round. Exit code 7 if not.
+/// Checks that the bus works and is set up to keep its promises: settings, counts, a canary round. Exit code 7 if not.
 ///
 /// Examples:
 ///   eventctl -c sqlite://shop.db doctor -o table
@@ -26,49 +27,19 @@ pub(crate) struct Doctor {
     fix_hints: bool,
 }
 
-/// What to do about a finding; nothing about what is well.
-fn hint(check: &str, state: &str, detail: &str) -> Option<&'static str> {
-    match (check, state) {
-        ("dead letters", _) if detail != "0" => Some("eventctl dlq list --group-by reason"),
-        ("lag of all groups", _) if detail != "0" => Some("eventctl inspect groups --lag-gt 0 --sort lag"),
-        (_, "ok") => None,
-        ("integrity", _) => Some("stop the programs, keep a copy of the file, and restore the last good one"),
-        ("journal mode", _) => Some("open it with a program of this framework: it sets the write-ahead log"),
-        ("library", _) => Some("build with the bundled SQLite, or a system one of 3.51.3 or later"),
-        _ => Some("look at the detail, then again with -v"),
-    }
-}
-
 /// Runs the checks; each is a row.
 ///
 /// # Errors
 /// Check: one of them is false.
 pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Outcome {
-    let mut rows = Vec::new();
-    let mut failed = Vec::new();
-    let mut check = |name: &str, outcome: Result<String, String>| {
-        let (state, detail) = match outcome {
-            Ok(detail) => ("ok", detail),
-            Err(detail) => {
-                failed.push(name.to_owned());
-                ("FAILED", detail)
-            }
-        };
-        let mut row = row! {"check": name, "state": state, "detail": detail};
-        if doctor.fix_hints {
-            row.insert("hint".into(), hint(name, state, &detail).into());
-        }
-        rows.push(row);
-    };
+    let mut probes = Vec::new();
     let admin = session.admin()?;
     let topics = admin.topics().await;
-    check(
-        "read",
-        topics.as_ref().map(|topics| format!("{} topics", topics.len())).map_err(ToString::to_string),
-    );
-    for (name, outcome) in session.file().map(|file| file_checks(&file)).unwrap_or_default() {
-        check(name, outcome);
-    }
+    probes.push(match &topics {
+        Ok(topics) => Probe::good("read", format_args!("{} topics", topics.len())),
+        Err(error) => Probe::good("read", error).or_bad(false, "look at the detail, then again with -v"),
+    });
+    probes.extend(admin.probes().await?);
     let letters: u64 = topics
         .unwrap_or_default()
         .iter()
@@ -76,47 +47,42 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
         .flat_map(|info| &info.partitions)
         .map(|part| part.n_kept)
         .sum();
-    check("dead letters", Ok(letters.to_string()));
+    // They wait for an operator: that is not what a broker is unfit by.
+    probes.push(waits(Probe::good("dead letters", letters), letters, "eventctl dlq list --group-by reason"));
     let groups = admin.groups(None).await?;
     let lag: u64 =
         groups.iter().filter(|group| !crate::inspect::is_internal(&group.topic)).map(|group| group.lag).sum();
-    check("lag of all groups", Ok(lag.to_string()));
+    probes.push(waits(
+        Probe::good("lag of all groups", lag),
+        lag,
+        "eventctl inspect groups --lag-gt 0 --sort lag",
+    ));
     if session.may_write().is_ok() {
-        check(
-            "canary: publish, consume, settle",
-            canary(session).await.map(|took| format!("{} ms", took.as_millis())),
-        );
+        let flown = canary(session).await;
+        let is_back = flown.is_ok();
+        let detail = flown.map_or_else(|problem| problem, |took| format!("{} ms", took.as_millis()));
+        let probe = Probe::good("canary: publish, consume, settle", detail);
+        probes.push(probe.or_bad(is_back, "look at the detail, then again with -v"));
     }
+    let is_bad = |probe: &&Probe| probe.verdict == Verdict::Bad;
+    let failed: Vec<String> = probes.iter().filter(is_bad).map(|probe| probe.name.clone()).collect();
+    let rows = probes.into_iter().map(|probe| {
+        let mut row = row! {
+            "check": probe.name, "state": probe.verdict.to_string(), "detail": probe.detail
+        };
+        if doctor.fix_hints {
+            row.insert("hint".into(), Some(probe.hint).filter(|hint| !hint.is_empty()).into());
+        }
+        row
+    });
+    let rows = rows.collect();
     out.rows(rows)?;
     if failed.is_empty() { Ok(()) } else { Err(Failure::Check(format!("failed: {}", failed.join(", ")))) }
 }
 
-#[cfg(not(feature = "sqlite"))]
-fn file_checks(_: &std::path::Path) -> Vec<(&'static str, Result<String, String>)> {
-    Vec::new()
-}
-
-/// What can be said of the embedded file without the bus.
-#[cfg(feature = "sqlite")]
-fn file_checks(path: &std::path::Path) -> Vec<(&'static str, Result<String, String>)> {
-    let text = |error: rusqlite::Error| error.to_string();
-    let flags = rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY;
-    let file = match rusqlite::Connection::open_with_flags(path, flags) {
-        Ok(file) => file,
-        Err(error) => return vec![("file", Err(error.to_string()))],
-    };
-    let ask = |sql: &str| file.query_row(sql, [], |row| row.get::<_, String>(0)).map_err(text);
-    let is = |found: String, wanted: &str| if found == wanted { Ok(found) } else { Err(found) };
-    let library = if rusqlite::version_number() >= 3_051_003 {
-        Ok(rusqlite::version().to_owned())
-    } else {
-        Err(format!("{}: its write-ahead log can corrupt the file before 3.51.3", rusqlite::version()))
-    };
-    vec![
-        ("integrity", ask("PRAGMA quick_check(1)").and_then(|found| is(found, "ok"))),
-        ("journal mode", ask("PRAGMA journal_mode").and_then(|found| is(found, "wal"))),
-        ("library", library),
-    ]
+/// Says how to look at what waits, if anything does.
+fn waits(probe: Probe, n_waiting: u64, hint: &'static str) -> Probe {
+    if n_waiting == 0 { probe } else { probe.with_hint(hint) }
 }
 
 /// One event all the way round.

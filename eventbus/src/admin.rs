@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 
 use crate::error::Result;
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::PartitionId;
 use crate::transport::Content;
@@ -287,6 +288,17 @@ pub trait Admin: Send + Sync {
         from: Offset,
         max: usize,
     ) -> Result<Vec<Record>>;
+
+    /// Looks at what the broker's settings, as far as a client can read them, mean for the promises of this transport.
+    /// Nothing is changed; empty where there is nothing to look at.
+    ///
+    /// # Errors
+    /// [`Unavailable`](crate::ErrorKind::Unavailable) if the broker cannot be asked now. Settings that this user may
+    /// not read are a doubtful probe, not an error, where the broker says so.
+    ///
+    /// # Cancellation
+    /// Safe: nothing is changed.
+    async fn probes(&self) -> Result<Vec<Probe>>;
 
     /// Waits until the topic has a record at or above one of the given positions, or `within` passed.
     ///

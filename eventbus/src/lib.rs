@@ -49,6 +49,7 @@ mod error;
 mod event;
 mod extract;
 mod failure;
+pub mod fitness;
 mod handler;
 pub mod header;
 mod id;

@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use eventbus::admin::{GroupInfo, Record, TopicInfo, TopicSpec};
+use eventbus::fitness::Probe;
 use eventbus::{
     Admin, Bus, Capabilities, Confirm, Consumer, Envelope, Group, Key, Offset, PartitionId, Publisher,
     Result, Subscription, Topic, Transport,
@@ -160,6 +161,10 @@ impl Admin for Apart {
         max: usize,
     ) -> Result<Vec<Record>> {
         self.within()?.read(&self.name(topic)?, partition, from, max).await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.within()?.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

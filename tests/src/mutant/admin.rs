@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use eventbus::admin::{GroupInfo, Record, TopicInfo};
+use eventbus::fitness::Probe;
 use eventbus::{Admin, Group, Key, Offset, PartitionId, Result, Topic, TopicSpec};
 
 use super::Defect;
@@ -77,6 +78,10 @@ impl Admin for MutantAdmin {
         let from = if self.0.is(Defect::ReplayOffByOne) { Offset(from.0 + 1) } else { from };
         let max = if self.0.is(Defect::ReadsShortPages) { max.min(256) } else { max };
         self.0.memory.read(topic, partition, from, max).await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.0.memory.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

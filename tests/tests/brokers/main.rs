@@ -4,6 +4,7 @@
 //! started here.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod fitness;
 mod interop;
 mod kafka_gap;
 mod nats_foreign;

@@ -13,6 +13,7 @@ use super::client::{Client, Quiet, from_kafka, missing};
 use super::record;
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 
@@ -386,6 +387,10 @@ impl Admin for Kafka {
     ) -> Result<Vec<Record>> {
         let topic = topic.clone();
         self.client.blocking(move |client| client.read(&topic, partition, from, max)).await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.client.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

@@ -30,7 +30,7 @@ pub(super) struct Client {
     pub(super) options: Options,
     /// Where it is, without secrets.
     pub(super) place: String,
-    admin: AdminClient<DefaultClientContext>,
+    pub(super) admin: AdminClient<DefaultClientContext>,
     /// Looks at metadata and positions.
     pub(super) reader: Mutex<BaseConsumer<Quiet>>,
     /// Read ranges, outside of any group.
@@ -311,7 +311,7 @@ impl Client {
         }
     }
 
-    fn patience(&self) -> AdminOptions {
+    pub(super) fn patience(&self) -> AdminOptions {
         let timeout = self.options.timeout;
         AdminOptions::new().request_timeout(Some(timeout)).operation_timeout(Some(timeout))
     }

@@ -29,11 +29,22 @@
 //! side by side in Kafka; the second is refused as a conflict. What a confirm means is what `acks=all` means: in the
 //! memory of every in-sync replica, not on a disk. What waits to be published is bounded: 65,536 events and 64 MiB;
 //! what is read ahead too: 16 MiB.
+//!
+//! The first event that a producer sends to a partition (and the first after a minute without one) goes alone, which
+//! costs it one round trip: librdkafka takes a refused request for stored if the next one was taken, which brokers do
+//! for producers that they do not know (confluent-kafka-go #921). What librdkafka calls delivered without an offset
+//! has an unknown outcome here.
+//!
+//! Exactly-once by transactions (consume, process, produce) is not offered. librdkafka 2.12 lacks part 2 of KIP-890
+//! (librdkafka #5423): an end of a transaction that was delayed on the wire may end the next one, and events would be
+//! committed that their handler took back, or the other way round. Handlers run at least once on Kafka as everywhere.
+//! Records of other programs' transactions are read once they are committed (`isolation.level=read_committed`).
 
 mod admin;
 mod client;
 mod consumer;
 mod ends;
+mod fitness;
 mod hold;
 mod line;
 mod publisher;

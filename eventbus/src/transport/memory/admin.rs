@@ -12,6 +12,7 @@ use super::group::GroupState;
 use super::topic::{GroupId, Log, TopicState};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::transport::Content;
@@ -219,6 +220,10 @@ impl Admin for Memory {
             Record::new(partition, Offset(log.base + at as u64), stored.stored_at, stored.content.clone())
         });
         Ok(records.collect())
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        Ok(Vec::new())
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

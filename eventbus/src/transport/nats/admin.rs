@@ -13,6 +13,7 @@ use super::store::{Held, Store, TopicDoc, damaged, missing, since, unavailable};
 use super::{MAX_PARTITIONS, Nats, message, names};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 
@@ -54,7 +55,7 @@ impl Store {
         Ok(Some(TopicInfo::new(topic.clone(), partitions, retention)))
     }
 
-    async fn all(&self) -> Result<Vec<Topic>> {
+    pub(super) async fn all(&self) -> Result<Vec<Topic>> {
         let mut found = Vec::new();
         for key in self.keys(names::TOPICS).await? {
             let name = names::unflat(key.strip_prefix(names::TOPICS).unwrap_or_default());
@@ -325,6 +326,10 @@ impl Admin for Nats {
             }
         }
         Ok(found)
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.store.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

@@ -31,6 +31,7 @@
 //! partition, and what the server sends at once.
 
 mod admin;
+mod fitness;
 mod leases;
 mod message;
 mod names;

@@ -12,6 +12,7 @@ use super::store::Store;
 use super::{Postgres, membership, retention, topics};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::time::to_nanos;
@@ -278,6 +279,10 @@ impl Admin for Postgres {
                     .collect()
             })
             .await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.store.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

@@ -24,6 +24,7 @@
 //! `postgres-tls`.
 
 mod admin;
+mod fitness;
 mod leases;
 mod membership;
 mod publisher;

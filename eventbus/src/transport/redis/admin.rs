@@ -11,6 +11,7 @@ use super::store::{Store, missing, script};
 use super::{MAX_PARTITIONS, Redis, entry, keys};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 
@@ -336,6 +337,10 @@ impl Admin for Redis {
             Ok(Record::new(partition, Offset(found.offset), found.stored_at, found.content))
         };
         entries.iter().map(record).collect()
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.store.probes().await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

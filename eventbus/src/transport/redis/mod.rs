@@ -28,6 +28,7 @@
 
 mod admin;
 mod entry;
+mod fitness;
 mod keys;
 mod leases;
 mod publisher;

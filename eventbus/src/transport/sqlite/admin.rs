@@ -6,9 +6,10 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::schema::from_sqlite;
-use super::{Sqlite, clock, membership, retention, row, topics};
+use super::{Sqlite, clock, fitness, membership, retention, row, topics};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
+use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 
@@ -251,6 +252,10 @@ impl Admin for Sqlite {
                     .collect())
             })
             .await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.store.read(|connection| fitness::probes(connection)).await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

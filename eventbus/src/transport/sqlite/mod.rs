@@ -17,6 +17,7 @@
 
 mod admin;
 mod clock;
+mod fitness;
 mod leases;
 mod membership;
 mod publisher;
