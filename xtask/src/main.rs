@@ -3,9 +3,12 @@
 //! `cargo xtask test` passes all tests and closes with one line that counts them.
 //! `cargo xtask brokers` starts and ends real brokers on this machine.
 //! `cargo xtask bench` runs the paired benchmarks and prints their table; with an argument, lines that hold it.
+//! `cargo xtask matrix` runs the suite on several versions of each broker, and writes their table.
 //! `cargo xtask torture` has processes killed, stopped and cut off on one bus, and checks what came of it.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
 //! it writes what the transports of this workspace claim into the README.
+
+mod matrix;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, ExitCode, Stdio};
@@ -16,6 +19,7 @@ const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask brokers up|down|env|doctor [KIND ...] [--version V]
        cargo xtask bench [PART OF A NAME]
        cargo xtask conformance URL
+       cargo xtask matrix [KIND ...]
        cargo xtask torture KIND|URL [--seconds N] [--seed S] [--bug NAME]
        cargo xtask conformance --readme";
 
@@ -23,6 +27,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
+        Some(("matrix", rest)) => match kinds(rest, &Kind::TESTED) {
+            Ok(kinds) => matrix::run(&kinds),
+            Err(problem) => Err(std::io::Error::other(problem)),
+        },
         Some(("brokers", rest)) => match of_brokers(rest) {
             Ok(()) => Ok(true),
             Err(problem) => Err(std::io::Error::other(problem)),
@@ -70,9 +78,7 @@ fn of_brokers(arguments: &[String]) -> brokers::Result<()> {
         [names @ .., option, version] if option == "--version" => (names, Some(version.as_str())),
         names => (names, None),
     };
-    let named: brokers::Result<Vec<Kind>> =
-        names.iter().flat_map(|name| name.split(',')).map(str::parse).collect();
-    let kinds = if names.is_empty() { Kind::ALL.to_vec() } else { named? };
+    let kinds = kinds(names, &Kind::ALL)?;
     match what.as_str() {
         "up" => {
             for kind in kinds {
@@ -101,6 +107,14 @@ fn of_brokers(arguments: &[String]) -> brokers::Result<()> {
         _ => return Err(USAGE.to_owned()),
     }
     Ok(())
+}
+
+/// The brokers of these names, separated by commas or blanks; all if none is named.
+fn kinds(names: &[String], all: &[Kind]) -> brokers::Result<Vec<Kind>> {
+    if names.is_empty() {
+        return Ok(all.to_vec());
+    }
+    names.iter().flat_map(|name| name.split(',')).map(str::parse).collect()
 }
 
 fn cargo() -> Command {

@@ -93,7 +93,7 @@ pub(super) fn maven(group: &str, artifact: &str, version: &str) -> Result<PathBu
 }
 
 /// Moves what was fetched into place; another process may have been first, with the same.
-fn rename(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     match std::fs::rename(from, to) {
         Err(_) if to.is_dir() => {
             std::fs::remove_dir_all(from).map_err(|error| format!("{}: {error}", from.display()))

@@ -4,6 +4,7 @@
 //! that ends with its value (and with this process, however that ends); [`up`] starts one that stays until
 //! [`down`]. What is not installed is fetched once, into a cache outside of the clone.
 
+mod debian;
 mod fetch;
 mod process;
 mod recipe;
@@ -54,6 +55,11 @@ impl Kind {
             Self::Kafka => "kafka",
             Self::Rabbitmq => "rabbitmq",
         }
+    }
+
+    /// The versions that can be asked for, beside the one that is taken else.
+    pub fn versions(self) -> &'static [&'static str] {
+        recipe::versions(self)
     }
 
     /// The variable that names one to use instead of starting one.
@@ -117,4 +123,19 @@ pub fn url(kind: Kind) -> Result<String> {
 /// Tells for each broker how it would be started here, or what is missing.
 pub fn doctor() -> Vec<(Kind, Result<String>)> {
     Kind::ALL.into_iter().map(|kind| (kind, recipe::find(kind, None))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_compose_file_has_every_broker() {
+        let compose = include_str!("../../../compose.yaml");
+        for kind in Kind::ALL {
+            assert!(compose.contains(&format!("\n  {kind}:\n")), "{kind} is no service of compose.yaml");
+            let address = format!("{}={}", kind.variable(), if kind == Kind::Valkey { "redis" } else { "" });
+            assert!(compose.contains(&address), "{kind} has no address in compose.yaml");
+        }
+    }
 }

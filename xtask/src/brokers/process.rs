@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use super::debian::{self, Root};
 use super::fetch::run;
 use super::recipe::{self, Launch};
 use super::{Kind, Result};
@@ -19,6 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Broker {
     kind: Kind,
+    /// The version that was asked for.
+    asked: Option<String>,
     launch: Launch,
     folder: PathBuf,
     process: Option<Process>,
@@ -39,7 +42,7 @@ impl Broker {
     /// As [`start`](Self::start).
     pub fn start_behind(kind: Kind, version: Option<&str>, advertised: Option<u16>) -> Result<Self> {
         let (folder, launch) = prepare(kind, version, advertised)?;
-        let mut broker = Self { kind, launch, folder, process: None };
+        let mut broker = Self { kind, asked: version.map(str::to_owned), launch, folder, process: None };
         broker.spawn()?;
         Ok(broker)
     }
@@ -56,7 +59,10 @@ impl Broker {
 
     /// What the program says that it is.
     pub fn version(&self) -> String {
-        recipe::find(self.kind, None).unwrap_or_else(|problem| problem)
+        match self.asked.as_deref() {
+            None => recipe::find(self.kind, None).unwrap_or_else(|problem| problem),
+            Some(asked) => format!("{} {asked}", self.kind),
+        }
     }
 
     /// Its port.
@@ -155,9 +161,11 @@ pub(super) fn prepare(
 ) -> Result<(PathBuf, Launch)> {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let folder = std::env::temp_dir().join(format!("eventbus-{kind}-{}-{number}", std::process::id()));
+    let root = debian::package(kind, version).map(Root::with).transpose()?;
+    let folders = root.as_ref().map_or_else(std::env::temp_dir, Root::folders);
+    let folder = folders.join(format!("eventbus-{kind}-{}-{number}", std::process::id()));
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    match recipe::prepare(kind, version, &folder, free_port()?, advertised) {
+    match recipe::prepare(kind, version, root.as_ref(), &folder, free_port()?, advertised) {
         Ok(launch) => Ok((folder, launch)),
         Err(error) => {
             drop(fs::remove_dir_all(&folder));

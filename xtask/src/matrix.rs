@@ -1,0 +1,72 @@
+//! `cargo xtask matrix`: the suite on several versions of each broker, and the table of what came of it.
+
+use std::io::{BufRead, BufReader, Error, Result};
+use std::process::Stdio;
+use std::time::Instant;
+
+use xtask::brokers::{Broker, Kind};
+
+/// Where the last table is kept.
+const TABLE: &str = "tests/MATRIX.md";
+
+const HEAD: &str = "# The suite on several versions of each broker
+
+Written by `cargo xtask matrix`: every case of the conformance suite on a real broker of each version, on one machine.
+
+| broker | version | passed | failed | seconds |
+|---|---|---|---|---|
+";
+
+/// Runs the suite on all known versions of some brokers; the table is written when all were run.
+pub(crate) fn run(kinds: &[Kind]) -> Result<bool> {
+    let (mut table, mut all_passed) = (HEAD.to_owned(), true);
+    for kind in kinds {
+        for version in kind.versions() {
+            let row = match Broker::start(*kind, Some(version)) {
+                Ok(broker) => {
+                    let started = Instant::now();
+                    let (n_passed, n_failed) = suite(*kind, &broker)?;
+                    all_passed &= n_failed == 0 && n_passed > 0;
+                    let seconds = started.elapsed().as_secs();
+                    format!("| {kind} | {version} | {n_passed} | {n_failed} | {seconds} |\n")
+                }
+                Err(problem) => {
+                    all_passed = false;
+                    eprintln!("{kind} {version}: {problem}");
+                    format!("| {kind} | {version} | did not start | | |\n")
+                }
+            };
+            print!("{row}");
+            table.push_str(&row);
+        }
+    }
+    if kinds == Kind::TESTED {
+        std::fs::write(TABLE, table).map_err(|error| Error::other(format!("{TABLE}: {error}")))?;
+    }
+    Ok(all_passed)
+}
+
+/// How many cases passed and failed on a broker.
+fn suite(kind: Kind, broker: &Broker) -> Result<(usize, usize)> {
+    let cases = format!("{kind}::");
+    let mut child = super::cargo()
+        .args(["test", "--quiet", "--package", "eventbus-tests", "--test", "brokers", "--", &cases])
+        .env(kind.variable(), broker.url())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let (mut n_passed, mut n_failed) = (0, 0);
+    let said = child.stdout.take().ok_or_else(|| Error::other("no output of cargo"))?;
+    for line in BufReader::new(said).lines() {
+        let line = line?;
+        match line.strip_prefix("test result: ") {
+            Some(counts) => {
+                n_passed += super::count(counts, "passed");
+                n_failed += super::count(counts, "failed");
+            }
+            None if line.contains("FAILED") || line.contains("panicked") => eprintln!("{line}"),
+            None => {}
+        }
+    }
+    let passed = child.wait()?.success();
+    Ok((n_passed, if passed { n_failed } else { n_failed.max(1) }))
+}
