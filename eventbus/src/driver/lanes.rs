@@ -248,9 +248,18 @@ impl Lanes {
         behind
     }
 
-    /// Lets a lane go on after all: what was awaited comes to another member now.
-    pub(super) fn unpause(&self, lane: &Lane) {
-        self.inner.lock().paused.remove(lane);
+    /// Awaits no longer what is not ours any more: it comes to another member, or under another token.
+    pub(super) fn unpause(&self, lane: &Lane, holds: impl Fn(Token) -> bool) {
+        let mut inner = self.inner.lock();
+        if let Some(awaited) = inner.paused.get_mut(lane) {
+            awaited.events.retain(|_, back| match back {
+                Back::Going(token) => holds(*token),
+                Back::Gone(_) => true,
+            });
+            if awaited.events.is_empty() {
+                inner.paused.remove(lane);
+            }
+        }
     }
 
     /// Forgets what is awaited of partitions that are no longer ours.
@@ -451,6 +460,22 @@ mod tests {
         assert!(lanes.pause(&lane, (Token::new(1, 1), PartitionId(0), Some(Offset(1)))).is_empty());
         lanes.settled([1, 2].map(|n| Token::new(0, n)).into_iter(), true);
         assert_eq!(lanes.add(vec![delivery(Some("a"), 3)], lanes.poll_begins()), [Token::new(0, 3)]);
+    }
+
+    #[tokio::test]
+    async fn only_what_was_lost_is_not_awaited_any_more() {
+        let lanes = handed_back().await;
+        let (lane, _) = {
+            assert!(lanes.add(vec![delivery(Some("b"), 9)], lanes.poll_begins()).is_empty());
+            lanes.next(None).await.unwrap()
+        };
+        let a = lanes.lane_of(&delivery(Some("a"), 1));
+        lanes.unpause(&lane, |_| false);
+        lanes.unpause(&a, |token| token == Token::new(0, 2));
+        let poll = lanes.poll_begins();
+        assert_eq!(lanes.add(vec![delivery(Some("a"), 3)], poll), [Token::new(0, 3)], "2 is awaited");
+        lanes.unpause(&a, |_| false);
+        assert!(lanes.add(vec![delivery(Some("a"), 3)], poll).is_empty());
     }
 
     #[tokio::test]

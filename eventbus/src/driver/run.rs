@@ -323,15 +323,19 @@ async fn deliver_batch(subscribed: &Subscribed, mut batch: Vec<(Lane, Delivery)>
 
 /// Sends how a delivery is settled, and what of its lane goes back with it.
 fn send(subscribed: &Subscribed, lane: &Lane, handed: Handed, how: Settle) {
+    let (token, ..) = handed;
+    // One that was lost while it ran is the next owner's. That may be us again: then what waits in the lane was
+    // delivered since, and stays.
     let behind = match how {
-        Settle::Retry { .. } | Settle::Return if subscribed.ordered => subscribed.lanes.pause(lane, handed),
+        Settle::Retry { .. } | Settle::Return if subscribed.ordered && subscribed.holds(token) => {
+            subscribed.lanes.pause(lane, handed)
+        }
         _ => VecDeque::new(),
     };
     // A lost partition is struck from the books before its pauses are forgotten: whoever comes second
     // here undoes the pause.
-    let (token, ..) = handed;
     if !subscribed.holds(token) {
-        subscribed.lanes.unpause(lane);
+        subscribed.lanes.unpause(lane, |token| subscribed.holds(token));
     }
     // The event first: what is returned after it then waits behind it.
     let followers =
