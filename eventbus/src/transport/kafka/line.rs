@@ -53,6 +53,8 @@ struct Gates {
     n_opening: AtomicUsize,
     producer: OnceLock<Weak<Producer>>,
     is_over: AtomicBool,
+    /// Set by an error after which the client refuses all work.
+    is_fatal: AtomicBool,
 }
 
 /// Whether a partition takes more than one event at a time.
@@ -109,6 +111,11 @@ impl Line {
         Ok(Self { producer, gates })
     }
 
+    /// Whether another line is to be made in the place of this one.
+    pub(super) fn is_fatal(&self) -> bool {
+        self.gates.is_fatal.load(Atomic::Acquire)
+    }
+
     /// Sends an event, or has it wait until its partition takes more than one. It is reported in any case, now or later.
     ///
     /// # Errors
@@ -119,7 +126,7 @@ impl Line {
         partition: PartitionId,
         event: &Envelope,
         waiting: Waiting,
-    ) -> std::result::Result<(), (KafkaError, Waiting)> {
+    ) -> std::result::Result<(), (Error, Waiting)> {
         let mut places = self.gates.places.lock();
         let place = (topic.clone(), partition);
         let held = Held { event: event.clone(), waiting };
@@ -131,13 +138,13 @@ impl Line {
             }
             Some(Gate::Open(last)) if last.elapsed() < FORGOTTEN_AFTER => {
                 *last = Instant::now();
-                send(&self.producer, topic, partition, held)
+                self.gates.give(&self.producer, topic, partition, held)
             }
             _ => {
                 // Before it is sent: its report may come at once.
                 places.insert(place.clone(), Gate::Opening(VecDeque::new()));
                 self.gates.n_opening.fetch_add(1, Atomic::AcqRel);
-                send(&self.producer, topic, partition, held).inspect_err(|_| {
+                self.gates.give(&self.producer, topic, partition, held).inspect_err(|_| {
                     places.remove(&place);
                     self.gates.n_opening.fetch_sub(1, Atomic::AcqRel);
                 })
@@ -225,13 +232,34 @@ impl Gates {
             held.waiting.report(Err(Error::closed("publisher")));
             return false;
         };
-        match send(&producer, topic, *partition, held) {
+        match self.give(&producer, topic, *partition, held) {
             Ok(()) => true,
             Err((error, waiting)) => {
-                waiting.report(Err(from_kafka(error)));
+                waiting.report(Err(error));
                 false
             }
         }
+    }
+
+    /// Hands an event to the client.
+    fn give(
+        &self,
+        producer: &Producer,
+        topic: &Topic,
+        partition: PartitionId,
+        held: Held,
+    ) -> std::result::Result<(), (Error, Waiting)> {
+        send(producer, topic, partition, held).map_err(|(error, waiting)| {
+            let is_fatal = error.rdkafka_error_code() == Some(Code::Fatal);
+            self.is_fatal.fetch_or(is_fatal, Atomic::AcqRel);
+            let error = if is_fatal {
+                // The event was not sent, and can be: by another producer.
+                Error::new(ErrorKind::Unavailable, "the producer is made anew").caused_by(error)
+            } else {
+                from_kafka(error)
+            };
+            (error, waiting)
+        })
     }
 }
 
@@ -242,7 +270,7 @@ impl ClientContext for Reports {
 
     fn error(&self, error: KafkaError, reason: &str) {
         if error.rdkafka_error_code() == Some(Code::Fatal) {
-            self.books.is_fatal.store(true, Atomic::Release);
+            self.gates.is_fatal.store(true, Atomic::Release);
         }
         tracing::debug!(%error, reason, "librdkafka");
     }
@@ -287,7 +315,7 @@ impl Reports {
     fn refused(&self, error: &KafkaError) -> Error {
         let code = error.rdkafka_error_code().unwrap_or(Code::Unknown);
         if code == Code::Fatal {
-            self.books.is_fatal.store(true, Atomic::Release);
+            self.gates.is_fatal.store(true, Atomic::Release);
         }
         let (kind, message) = match of_code(code) {
             known @ (ErrorKind::NotFound | ErrorKind::TooLarge | ErrorKind::Unauthorized, _) => known,

@@ -9,11 +9,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use rdkafka::ClientConfig;
-use rdkafka::error::RDKafkaErrorCode as Code;
 use tokio::sync::watch;
 
 use super::Options;
-use super::client::{Client, from_kafka, missing};
+use super::client::{Client, missing};
 use super::ends::Ends;
 use super::line::Line;
 use crate::envelope::Envelope;
@@ -42,8 +41,6 @@ pub(super) struct Books {
     next: Mutex<u64>,
     open: Mutex<BTreeSet<u64>>,
     closed: watch::Sender<u64>,
-    /// Set by an error after which the client refuses all work: a producer of its own is made anew.
-    pub(super) is_fatal: AtomicBool,
     /// Who waits for events outside of groups.
     pub(super) ends: Arc<Ends>,
 }
@@ -130,13 +127,10 @@ impl Producing {
     /// Hands a batch to the client.
     fn send(&self, queued: Queued, n_partitions: u32) {
         let mut line = self.line.lock();
-        if self.books.is_fatal.swap(false, Atomic::AcqRel) {
+        if line.is_fatal() {
             match Line::open(&self.config, &self.books, self.delivery_timeout) {
                 Ok(another) => *line = another,
-                Err(error) => {
-                    self.books.is_fatal.store(true, Atomic::Release);
-                    return queued.fail(&error);
-                }
+                Err(error) => return queued.fail(&error),
             }
         }
         let n_events = queued.events.len();
@@ -169,14 +163,7 @@ impl Producing {
             let waiting = Box::new(Awaited { batch: pending.clone(), at });
             if let Err((error, waiting)) = line.send(&topic, partition, event, waiting) {
                 held.extend(event.key().cloned());
-                if error.rdkafka_error_code() == Some(Code::Fatal) {
-                    self.books.is_fatal.store(true, Atomic::Release);
-                    let error =
-                        Error::new(ErrorKind::Unavailable, "the producer is made anew").caused_by(error);
-                    waiting.report(Err(error));
-                } else {
-                    waiting.report(Err(from_kafka(error)));
-                }
+                waiting.report(Err(error));
             }
         }
     }
