@@ -143,27 +143,47 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
     }
     let started = std::time::Instant::now();
     let mut child = cargo.spawn()?;
-    let (mut n_passed, mut n_failed, mut n_ignored) = (0, 0, 0);
+    let mut tally = Tally::default();
     let mut out = std::io::stdout();
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).lines() {
             let line = line?;
             writeln!(out, "{line}")?;
-            if let Some(counts) = line.strip_prefix("test result: ") {
-                n_passed += count(counts, "passed");
-                n_failed += count(counts, "failed");
-                n_ignored += count(counts, "ignored");
-            }
+            tally.add(&line);
         }
     }
     let passed = child.wait()?.success();
     drop(brokers);
-    // A program that died without its closing line failed, whatever the others counted.
-    let n_failed = if passed { n_failed } else { n_failed.max(1) };
+    let Tally { n_passed, n_failed, n_ignored } = tally.ended(passed);
     let skipped = if n_ignored > 0 { format!(", {n_ignored} skipped") } else { String::new() };
     writeln!(out, "done in {} s", started.elapsed().as_secs())?;
     writeln!(out, "{n_passed} passed, {n_failed} failed{skipped}")?;
     Ok(passed)
+}
+
+/// What the closing lines of test programs add up to.
+#[derive(Debug, Default, Clone, Copy)]
+struct Tally {
+    n_passed: usize,
+    n_failed: usize,
+    n_ignored: usize,
+}
+
+impl Tally {
+    /// Takes a line of output; true if it was a closing line.
+    fn add(&mut self, line: &str) -> bool {
+        let Some(counts) = line.strip_prefix("test result: ") else { return false };
+        self.n_passed += count(counts, "passed");
+        self.n_failed += count(counts, "failed");
+        self.n_ignored += count(counts, "ignored");
+        true
+    }
+
+    /// A program that died without its closing line failed, whatever the others counted.
+    fn ended(self, passed: bool) -> Self {
+        let n_failed = if passed { self.n_failed } else { self.n_failed.max(1) };
+        Self { n_failed, ..self }
+    }
 }
 
 /// The number before a word, as in `ok. 12 passed; 0 failed`.

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use xtask::brokers::{Broker, Kind};
 
+use super::Tally;
+
 /// Where the last table is kept.
 const TABLE: &str = "tests/MATRIX.md";
 
@@ -27,7 +29,7 @@ pub(crate) fn run(kinds: &[Kind]) -> Result<bool> {
             let row = match Broker::start(*kind, Some(version)) {
                 Ok(broker) => {
                     let started = Instant::now();
-                    let (n_passed, n_failed) = suite(*kind, &broker)?;
+                    let Tally { n_passed, n_failed, .. } = suite(*kind, &broker)?;
                     all_passed &= n_failed == 0 && n_passed > 0;
                     let seconds = started.elapsed().as_secs();
                     format!("| {kind} | {version} | {n_passed} | {n_failed} | {seconds} |\n")
@@ -48,27 +50,21 @@ pub(crate) fn run(kinds: &[Kind]) -> Result<bool> {
     Ok(all_passed)
 }
 
-/// How many cases passed and failed on a broker.
-fn suite(kind: Kind, broker: &Broker) -> Result<(usize, usize)> {
+/// What became of the cases on a broker.
+fn suite(kind: Kind, broker: &Broker) -> Result<Tally> {
     let cases = format!("{kind}::");
     let mut child = super::cargo()
         .args(["test", "--quiet", "--package", "eventbus-tests", "--test", "brokers", "--", &cases])
         .env(kind.variable(), broker.url())
         .stdout(Stdio::piped())
         .spawn()?;
-    let (mut n_passed, mut n_failed) = (0, 0);
+    let mut tally = Tally::default();
     let said = child.stdout.take().ok_or_else(|| Error::other("no output of cargo"))?;
     for line in BufReader::new(said).lines() {
         let line = line?;
-        match line.strip_prefix("test result: ") {
-            Some(counts) => {
-                n_passed += super::count(counts, "passed");
-                n_failed += super::count(counts, "failed");
-            }
-            None if line.contains("FAILED") || line.contains("panicked") => eprintln!("{line}"),
-            None => {}
+        if !tally.add(&line) && (line.contains("FAILED") || line.contains("panicked")) {
+            eprintln!("{line}");
         }
     }
-    let passed = child.wait()?.success();
-    Ok((n_passed, if passed { n_failed } else { n_failed.max(1) }))
+    Ok(tally.ended(child.wait()?.success()))
 }

@@ -2,11 +2,10 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use eventbus::{Consumer, PartitionId, Polled, Result, Settle, Settled, Token};
-use eventbus_tests::around::Change;
+use eventbus::{Consumer, Polled, Result, Settle, Settled, Token};
+use eventbus_tests::around::{Change, Poll, Polls};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Bug {
@@ -50,48 +49,33 @@ pub(crate) struct Planted(pub(crate) Bug);
 impl Change for Planted {
     fn consumer(&self, consumer: Arc<dyn Consumer>) -> Arc<dyn Consumer> {
         match self.0 {
-            Bug::AckEarly | Bug::PastAHole => Arc::new(Careless { inner: consumer, bug: self.0 }),
+            Bug::AckEarly | Bug::PastAHole => Arc::new(Polls(consumer, Careless(self.0))),
             _ => consumer,
         }
     }
 }
 
 #[derive(Debug)]
-struct Careless {
-    inner: Arc<dyn Consumer>,
-    bug: Bug,
-}
+struct Careless(Bug);
 
 #[async_trait]
-impl Consumer for Careless {
-    async fn poll(&self, max: NonZeroUsize) -> Result<Polled> {
-        let polled = self.inner.poll(max).await?;
-        if self.bug == Bug::AckEarly
+impl Poll for Careless {
+    async fn poll(&self, inner: &dyn Consumer, max: NonZeroUsize) -> Result<Polled> {
+        let polled = inner.poll(max).await?;
+        if self.0 == Bug::AckEarly
             && let Polled::Deliveries(deliveries) = &polled
         {
             let all: Vec<_> = deliveries.iter().map(|delivery| (delivery.token, Settle::Ack)).collect();
-            drop(self.inner.settle(&all).await?);
+            drop(inner.settle(&all).await?);
         }
         Ok(polled)
     }
 
-    async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
-        if self.bug == Bug::AckEarly {
+    async fn settle(&self, inner: &dyn Consumer, outcomes: &[(Token, Settle)]) -> Result<Settled> {
+        if self.0 == Bug::AckEarly {
             return Ok(Settled::default());
         }
         let all: Vec<_> = outcomes.iter().map(|(token, _)| (*token, Settle::Ack)).collect();
-        self.inner.settle(&all).await
-    }
-
-    async fn release(&self, partitions: &[PartitionId]) -> Result<()> {
-        self.inner.release(partitions).await
-    }
-
-    async fn renew(&self, tokens: &[Token], lease: Duration) -> Result<Settled> {
-        self.inner.renew(tokens, lease).await
-    }
-
-    async fn close(&self, deadline: Instant) -> Result<()> {
-        self.inner.close(deadline).await
+        inner.settle(&all).await
     }
 }

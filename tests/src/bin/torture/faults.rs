@@ -168,6 +168,13 @@ pub(crate) fn run(
     account::draw_up(folder, N_PRODUCERS, report)
 }
 
+/// Has the wire in a state for some milliseconds.
+fn disturb_wire(proxy: &Proxy, wire: Wire, millis: u64) {
+    proxy.set(wire);
+    std::thread::sleep(Duration::from_millis(millis));
+    proxy.set(Wire::Whole);
+}
+
 /// One fault; returns its name.
 fn disturb(
     random: &mut Rng,
@@ -192,22 +199,16 @@ fn disturb(
                 return Ok("connections reset");
             }
             1 => {
-                proxy.set(Wire::Stall);
-                std::thread::sleep(Duration::from_millis(random.u64(200..1_500)));
-                proxy.set(Wire::Whole);
+                disturb_wire(proxy, Wire::Stall, random.u64(200..1_500));
                 return Ok("wire stalled");
             }
             2 => {
-                proxy.set(Wire::DropAnswers);
-                std::thread::sleep(Duration::from_millis(random.u64(50..400)));
-                proxy.set(Wire::Whole);
+                disturb_wire(proxy, Wire::DropAnswers, random.u64(50..400));
                 proxy.reset();
                 return Ok("answers dropped");
             }
             3 => {
-                proxy.set(Wire::Cut);
-                std::thread::sleep(Duration::from_millis(random.u64(100..1_000)));
-                proxy.set(Wire::Whole);
+                disturb_wire(proxy, Wire::Cut, random.u64(100..1_000));
                 return Ok("wire cut");
             }
             _ => {}
