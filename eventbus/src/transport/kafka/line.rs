@@ -20,7 +20,8 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer as _, ProducerContext};
 
 use super::client::{from_kafka, of_code};
-use super::publisher::{Books, Waiting};
+use super::ends::Ends;
+use super::publisher::Waiting;
 use super::record;
 use crate::admin::Offset;
 use crate::envelope::Envelope;
@@ -47,8 +48,6 @@ pub(super) struct Line {
 #[derive(Default)]
 struct Gates {
     places: Mutex<HashMap<(Topic, PartitionId), Gate>>,
-    /// How many events wait at gates.
-    n_held: AtomicUsize,
     /// How many gates are opening.
     n_opening: AtomicUsize,
     producer: OnceLock<Weak<Producer>>,
@@ -70,35 +69,17 @@ struct Held {
     waiting: Waiting,
 }
 
-#[derive(Clone)]
 struct Reports {
-    books: Arc<Books>,
+    /// Who waits for events outside of groups.
+    ends: Arc<Ends>,
     gates: Arc<Gates>,
-}
-
-fn send(
-    producer: &Producer,
-    topic: &Topic,
-    partition: PartitionId,
-    Held { event, waiting }: Held,
-) -> std::result::Result<(), (KafkaError, Waiting)> {
-    let mut record: BaseRecord<'_, [u8], [u8], Waiting> = BaseRecord::with_opaque_to(topic.as_str(), waiting)
-        .partition(partition.0 as i32)
-        .headers(record::headers(&event));
-    if let Some(key) = event.key() {
-        record = record.key(key.as_bytes());
-    }
-    if let Some(payload) = event.payload() {
-        record = record.payload(payload);
-    }
-    producer.send(record).map_err(|(error, record)| (error, record.delivery_opaque))
 }
 
 impl Line {
     /// Makes a producer. When the line is dropped, what is not answered within `last` is given up.
-    pub(super) fn open(config: &ClientConfig, books: &Arc<Books>, last: Duration) -> Result<Self> {
+    pub(super) fn open(config: &ClientConfig, ends: &Arc<Ends>, last: Duration) -> Result<Self> {
         let gates = Arc::<Gates>::default();
-        let reports = Reports { books: books.clone(), gates: gates.clone() };
+        let reports = Reports { ends: ends.clone(), gates: gates.clone() };
         let producer: Arc<Producer> = Arc::new(config.create_with_context(reports).map_err(from_kafka)?);
         drop(gates.producer.set(Arc::downgrade(&producer)));
         let (served, over) = (producer.clone(), gates.clone());
@@ -133,7 +114,6 @@ impl Line {
         match places.get_mut(&place) {
             Some(Gate::Opening(behind)) => {
                 behind.push_back(held);
-                self.gates.n_held.fetch_add(1, Atomic::AcqRel);
                 Ok(())
             }
             Some(Gate::Open(last)) if last.elapsed() < FORGOTTEN_AFTER => {
@@ -174,7 +154,8 @@ fn serve(producer: &Producer, gates: &Gates, last: Duration) {
             continue;
         }
         let end = *end.get_or_insert_with(|| Instant::now() + last);
-        if producer.in_flight_count() == 0 && gates.n_held.load(Atomic::Acquire) == 0 {
+        // Nothing waits at a gate either: the one before it would be in flight.
+        if producer.in_flight_count() == 0 {
             return;
         }
         if Instant::now() > end {
@@ -191,7 +172,6 @@ impl Gates {
         let Some(gate @ Gate::Opening(_)) = places.get_mut(place) else { return };
         let Gate::Opening(behind) = std::mem::replace(gate, Gate::Open(Instant::now())) else { return };
         self.n_opening.fetch_sub(1, Atomic::AcqRel);
-        self.n_held.fetch_sub(behind.len(), Atomic::AcqRel);
         for held in behind {
             self.release(place, held);
         }
@@ -202,14 +182,12 @@ impl Gates {
         let mut places = self.places.lock();
         let Some(Gate::Opening(mut behind)) = places.remove(place) else { return };
         self.n_opening.fetch_sub(1, Atomic::AcqRel);
-        self.n_held.fetch_sub(behind.len(), Atomic::AcqRel);
         // What is wrong with one event says nothing of the next.
         while error.kind() == ErrorKind::TooLarge
             && let Some(held) = behind.pop_front()
         {
             if self.release(place, held) {
                 self.n_opening.fetch_add(1, Atomic::AcqRel);
-                self.n_held.fetch_add(behind.len(), Atomic::AcqRel);
                 places.insert(place.clone(), Gate::Opening(behind));
                 return;
             }
@@ -247,9 +225,19 @@ impl Gates {
         producer: &Producer,
         topic: &Topic,
         partition: PartitionId,
-        held: Held,
+        Held { event, waiting }: Held,
     ) -> std::result::Result<(), (Error, Waiting)> {
-        send(producer, topic, partition, held).map_err(|(error, waiting)| {
+        let mut record: BaseRecord<'_, [u8], [u8], Waiting> =
+            BaseRecord::with_opaque_to(topic.as_str(), waiting)
+                .partition(partition.0 as i32)
+                .headers(record::headers(&event));
+        if let Some(key) = event.key() {
+            record = record.key(key.as_bytes());
+        }
+        if let Some(payload) = event.payload() {
+            record = record.payload(payload);
+        }
+        producer.send(record).map_err(|(error, record)| {
             let is_fatal = error.rdkafka_error_code() == Some(Code::Fatal);
             self.is_fatal.fetch_or(is_fatal, Atomic::AcqRel);
             let error = if is_fatal {
@@ -258,7 +246,7 @@ impl Gates {
             } else {
                 from_kafka(error)
             };
-            (error, waiting)
+            (error, record.delivery_opaque)
         })
     }
 }
@@ -304,7 +292,7 @@ impl ProducerContext for Reports {
             }
         }
         if let Ok(offset) = outcome {
-            self.books.ends.stored(message.topic(), partition.0, offset.0);
+            self.ends.stored(message.topic(), partition.0, offset.0);
         }
         waiting.report(outcome.map(|offset| Receipt::new(partition, offset)));
     }

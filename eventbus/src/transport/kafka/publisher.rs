@@ -33,16 +33,16 @@ pub(super) struct Producing {
     delivery_timeout: Duration,
     room: Room,
     books: Arc<Books>,
+    /// Who waits for events outside of groups.
+    ends: Arc<Ends>,
 }
 
 /// Which batches wait for their reports.
 #[derive(Debug, Default)]
-pub(super) struct Books {
+struct Books {
     next: Mutex<u64>,
     open: Mutex<BTreeSet<u64>>,
     closed: watch::Sender<u64>,
-    /// Who waits for events outside of groups.
-    pub(super) ends: Arc<Ends>,
 }
 
 /// A batch whose reports come in.
@@ -98,10 +98,9 @@ impl Producing {
             // The bound that publishing waits for is ours; these lie above it.
             .set("queue.buffering.max.messages", "200000")
             .set("queue.buffering.max.kbytes", "262144");
-        let books = Arc::new(Books { ends, ..Books::default() });
         let delivery_timeout = options.delivery_timeout;
-        let line = Mutex::new(Line::open(&config, &books, delivery_timeout)?);
-        Ok(Self { config, line, delivery_timeout, room: Room::default(), books })
+        let line = Mutex::new(Line::open(&config, &ends, delivery_timeout)?);
+        Ok(Self { config, line, delivery_timeout, room: Room::default(), books: Arc::default(), ends })
     }
 
     /// Waits until everything that was accepted before is answered.
@@ -128,7 +127,7 @@ impl Producing {
     fn send(&self, queued: Queued, n_partitions: u32) {
         let mut line = self.line.lock();
         if line.is_fatal() {
-            match Line::open(&self.config, &self.books, self.delivery_timeout) {
+            match Line::open(&self.config, &self.ends, self.delivery_timeout) {
                 Ok(another) => *line = another,
                 Err(error) => return queued.fail(&error),
             }
