@@ -9,7 +9,7 @@ use futures_util::future::try_join_all;
 use futures_util::{FutureExt as _, StreamExt as _};
 
 use super::leases::{CursorDoc, GroupDoc};
-use super::store::{Held, Store, TopicDoc, damaged, missing, since, unavailable};
+use super::store::{Held, Store, TopicDoc, bounds, damaged, missing, since, unavailable};
 use super::{MAX_PARTITIONS, Nats, message, names};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
@@ -23,11 +23,6 @@ const READ_AT_ONCE: usize = 256;
 const SOON: Duration = Duration::from_millis(2);
 /// How often a topic is looked at that says nothing.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-
-/// First and next offset of a stream.
-fn bounds(info: &Info) -> (u64, u64) {
-    (info.state.first_sequence.max(1), info.state.last_sequence + 1)
-}
 
 fn changed_meanwhile() -> Error {
     Error::new(ErrorKind::Conflict, "the group changed meanwhile: a member may have joined")
@@ -123,11 +118,8 @@ impl Store {
         let key = names::cursor(topic, group.as_str(), partition);
         let found = self.get::<CursorDoc>(&key).await?;
         let revision = found.as_ref().map_or(0, |found| found.revision);
-        let value =
-            found.map(|found| found.value).filter(|value| value.group == doc.id).unwrap_or_else(|| {
-                let floor = doc.starts.get(partition as usize).copied().unwrap_or(1);
-                CursorDoc { group: doc.id, epoch: 0, floor, past: std::collections::BTreeMap::new() }
-            });
+        let value = found.map(|found| found.value).filter(|value| value.group == doc.id);
+        let value = value.unwrap_or_else(|| doc.beginning(partition));
         Ok(Held { value, revision })
     }
 

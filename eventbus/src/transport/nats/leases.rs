@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 
 use super::names;
 use super::reader::{Next, Reader};
-use super::store::{Clock, Held, Store, missing};
+use super::store::{Clock, Held, Store, bounds, missing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
@@ -122,6 +122,12 @@ impl GroupDoc {
         for (owner, _) in shares {
             *owner = owner.filter(|owner| members.contains_key(owner));
         }
+    }
+
+    /// The position in a partition as the group begins.
+    pub(super) fn beginning(&self, partition: u32) -> CursorDoc {
+        let floor = self.starts.get(partition as usize).copied().unwrap_or(1);
+        CursorDoc { group: self.id, epoch: 0, floor, past: BTreeMap::new() }
     }
 
     fn shares(&self) -> Vec<Share> {
@@ -462,10 +468,7 @@ impl Store {
     /// The offset in each partition that a start means.
     async fn starts(&self, topic: &Topic, n_partitions: u32, start: &Start) -> Result<Vec<u64>> {
         let looks = self.look_at_all(topic, n_partitions).await?;
-        let bounds = |at: usize| {
-            let state = looks.get(at).map(|(_, info)| &info.state);
-            state.map_or((1, 1), |state| (state.first_sequence.max(1), state.last_sequence + 1))
-        };
+        let bounds = |at: usize| looks.get(at).map_or((1, 1), |(_, info)| bounds(info));
         let all = 0..looks.len();
         Ok(match start {
             Start::Latest => all.map(|at| bounds(at).1).collect(),
@@ -594,10 +597,7 @@ impl Store {
             let mut value = match found {
                 // Not one of a group of this name that was deleted.
                 Some(found) if found.value.group == doc.id => found.value,
-                _ => {
-                    let floor = doc.starts.get(share.partition as usize).copied().unwrap_or(1);
-                    CursorDoc { group: doc.id, epoch: 0, floor, past: BTreeMap::new() }
-                }
+                _ => doc.beginning(share.partition),
             };
             if value.epoch > share.epoch {
                 return Ok(None);

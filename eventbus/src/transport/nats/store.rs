@@ -581,6 +581,11 @@ pub(super) fn reading(from: DeliverPolicy) -> pull::Config {
     }
 }
 
+/// First and next offset of a stream.
+pub(super) fn bounds(info: &Info) -> (u64, u64) {
+    (info.state.first_sequence.max(1), info.state.last_sequence + 1)
+}
+
 /// From a sequence on.
 pub(super) fn since(sequence: u64) -> DeliverPolicy {
     match sequence {
