@@ -13,13 +13,15 @@ use crate::transport::{Confirm, Publisher, Receipt, Transport};
 use crate::url::Url;
 
 /// The schemes of this build and of the others that exist, with the feature that brings each.
-const SCHEMES: [(&str, &str, bool); 9] = [
+const SCHEMES: [(&str, &str, bool); 11] = [
     ("memory", "memory", cfg!(feature = "memory")),
     ("sqlite", "sqlite", cfg!(feature = "sqlite")),
     ("postgres", "postgres", cfg!(feature = "postgres")),
     ("postgresql", "postgres", cfg!(feature = "postgres")),
     ("kafka", "kafka", cfg!(feature = "kafka")),
     ("nats", "nats", cfg!(feature = "nats")),
+    ("amqp", "rabbitmq", cfg!(feature = "rabbitmq")),
+    ("amqps", "rabbitmq", cfg!(feature = "rabbitmq")),
     ("redis", "redis", cfg!(feature = "redis")),
     ("rediss", "redis", cfg!(feature = "redis")),
     ("valkey", "redis", cfg!(feature = "redis")),
@@ -34,6 +36,7 @@ const SCHEMES: [(&str, &str, bool); 9] = [
 /// | `postgres://user:password@host:port/database` | tables of a PostgreSQL database |
 /// | `kafka://user:password@host:port,host:port` | topics of a Kafka cluster |
 /// | `nats://user:password@host:port,host:port` | streams of a NATS server with JetStream |
+/// | `amqp://user:password@host:port,host:port/vhost` | streams of a RabbitMQ broker |
 /// | `redis://user:password@host:port/database` | streams of a Redis or Valkey server |
 ///
 /// Options follow a `?`; the module of each transport lists them.
@@ -61,6 +64,8 @@ pub async fn connect(url: &str) -> Result<Bus> {
         "kafka" => Ok(Bus::new(crate::transport::kafka::Kafka::open(&url).await?)),
         #[cfg(feature = "nats")]
         "nats" => Ok(Bus::new(crate::transport::nats::Nats::open(&url).await?)),
+        #[cfg(feature = "rabbitmq")]
+        "amqp" | "amqps" => Ok(Bus::new(crate::transport::rabbitmq::RabbitMq::open(&url).await?)),
         #[cfg(feature = "redis")]
         "redis" | "rediss" | "valkey" => Ok(Bus::new(crate::transport::redis::Redis::open(&url).await?)),
         scheme => Err(unavailable(scheme)),

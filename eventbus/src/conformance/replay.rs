@@ -1,15 +1,17 @@
 //! R1–R4: reading again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime};
 
 use super::check::{Violation, ensure, ensure_eq};
 use super::cx::{Book, Checked, Cx, Setup, fails_as, pass};
 use crate::admin::{Admin, Offset};
 use crate::capability::Replay;
+use crate::envelope::Envelope;
 use crate::error::ErrorKind;
+use crate::name::Topic;
 use crate::subscription::Start;
-use crate::transport::Polled;
+use crate::transport::{Polled, Receipt};
 
 /// More events than a transport may be inclined to bring at once.
 const N_PAGED: usize = 700;
@@ -32,6 +34,41 @@ async fn claims<'a>(cx: &Cx, s: &'a Setup, replay: Replay) -> Checked<Option<&'a
     Ok(None)
 }
 
+/// Where events of one partition are: as their receipts say, or where that is not known to publishers, as a reader finds
+/// them by their ids.
+async fn places(
+    admin: &dyn Admin,
+    topic: &Topic,
+    events: &[Envelope],
+    receipts: &[Receipt],
+) -> Checked<Vec<Offset>> {
+    let told: Option<Vec<_>> = receipts.iter().map(|receipt| receipt.offset).collect();
+    if let Some(told) = told {
+        return Ok(told);
+    }
+    let info = admin.topic(topic).await?.ok_or_else(|| Violation::new("the topic vanished"))?;
+    let mut found = HashMap::new();
+    for known in info.partitions.iter().filter(|known| known.partition == receipts[0].partition) {
+        let mut from = known.first;
+        loop {
+            let page = admin.read(topic, known.partition, from, 256).await?;
+            let Some(last) = page.last() else { break };
+            from = Offset(last.offset.0 + 1);
+            let ids = page
+                .iter()
+                .filter_map(|record| Some((record.content.envelope()?.id().clone(), record.offset)));
+            found.extend(ids);
+        }
+    }
+    let place = |event: &Envelope| found.get(event.id()).copied();
+    events
+        .iter()
+        .map(|event| {
+            place(event).ok_or_else(|| Violation::new("a confirmed event is not where a reader looks"))
+        })
+        .collect()
+}
+
 pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
     let s = cx.setup().await?;
     let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
@@ -41,17 +78,15 @@ pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
     pass(Duration::from_millis(30)).await;
     receipts.extend(s.publish(&events[10..]).await?);
     let partition = receipts[0].partition;
-    let offset = |at: usize| {
-        receipts[at].offset.ok_or_else(|| Violation::new("replay by offset without offsets in receipts"))
-    };
+    let places = places(admin, &s.topic, &events, &receipts).await?;
     for from in [0, 1, 9, 19] {
-        let read = admin.read(&s.topic, partition, offset(from)?, 100).await?;
-        ensure_eq!(read.len(), 20 - from, "records from offset {}", offset(from)?);
+        let read = admin.read(&s.topic, partition, places[from], 100).await?;
+        ensure_eq!(read.len(), 20 - from, "records from offset {}", places[from]);
         for (record, sent) in read.iter().zip(&events[from..]) {
             ensure_eq!(record.content.envelope(), Some(sent), "record at {}", record.offset);
         }
         let mut starts = BTreeMap::new();
-        starts.insert(partition, offset(from)?);
+        starts.insert(partition, places[from]);
         let subscription = cx
             .subscription(&s.transport, &s.topic, &cx.group(&format!("from{from}"))?)
             .with_start(Start::Offsets(starts));
@@ -61,12 +96,12 @@ pub(super) async fn replay_start_is_exact(mut cx: Cx) -> Checked {
         book.exactly_once()?;
         book.in_order(true)?;
     }
-    let end = Offset(offset(19)?.0 + 1);
+    let end = Offset(places[19].0 + 1);
     ensure!(admin.read(&s.topic, partition, end, 10).await?.is_empty(), "records behind the end");
     if s.capabilities.replay < Replay::OffsetAndTime {
         return Ok(());
     }
-    let stored: Vec<_> = admin.read(&s.topic, partition, offset(0)?, 100).await?;
+    let stored: Vec<_> = admin.read(&s.topic, partition, places[0], 100).await?;
     ensure!(stored.is_sorted_by_key(|record| record.stored_at), "stored times descend");
     let middle = stored[10].stored_at;
     ensure!(stored[9].stored_at < middle, "the clock did not move: the case proved nothing");
@@ -127,10 +162,9 @@ pub(super) async fn a_short_read_is_the_end(mut cx: Cx) -> Checked {
     let Some(admin) = claims(&cx, &s, Replay::Offset).await? else { return Ok(()) };
     let events = cx.events(N_PAGED, 1);
     let receipts = s.publish(&events).await?;
+    let places = places(admin, &s.topic, &events, &receipts).await?;
     for (at, max) in [(0, 1), (0, 257), (0, N_PAGED - 1), (0, N_PAGED), (100, 550), (100, 10 * N_PAGED)] {
-        let Some(from) = receipts[at].offset else {
-            return Err(Violation::new("replay by offset without offsets in receipts"));
-        };
+        let from = places[at];
         let read = admin.read(&s.topic, receipts[at].partition, from, max).await?;
         ensure_eq!(read.len(), max.min(N_PAGED - at), "records of {max} that were asked for from {from}");
     }
@@ -144,12 +178,11 @@ pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {
     s.member.close().await?;
     let events = cx.events(20, 1);
     let receipts = s.publish(&events).await?;
-    let (partition, Some(first)) = (receipts[0].partition, receipts[5].offset) else {
-        return Err(Violation::new("no offsets"));
-    };
+    let places = places(admin, &s.topic, &events, &receipts).await?;
+    let (partition, first) = (receipts[0].partition, places[5]);
     let removed = admin.purge(&s.topic, partition, first).await?;
     ensure_eq!(removed, 5, "events removed below {first}");
-    let below = receipts[2].offset.unwrap_or_default();
+    let below = places[2];
     let read = admin.read(&s.topic, partition, below, 10).await;
     let loss = ErrorKind::DataLoss { expected: below, first };
     fails_as("reading removed history", read.map(|r| r.len()), &[loss])?;
@@ -169,7 +202,7 @@ pub(super) async fn removed_history_is_data_loss(mut cx: Cx) -> Checked {
         }
     };
     // Offsets may have gaps: what was due is at most where the first event was.
-    let at_most = receipts[0].offset.unwrap_or_default();
+    let at_most = places[0];
     ensure!(
         matches!(error.kind(), ErrorKind::DataLoss { expected, first: found } if expected <= at_most && found == first),
         "the hole is not named: {error}"

@@ -18,6 +18,7 @@ mod delivery;
         feature = "sqlite",
         feature = "nats",
         feature = "postgres",
+        feature = "rabbitmq",
         feature = "redis"
     )),
     allow(dead_code, unused_imports, reason = "what of it is used depends on the transports that are built")
@@ -32,6 +33,8 @@ pub mod memory;
 pub mod nats;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(feature = "rabbitmq")]
+pub mod rabbitmq;
 #[cfg(feature = "redis")]
 pub mod redis;
 #[cfg(feature = "sqlite")]

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 pub(super) use self::fold::{Meets, Waiting};
@@ -41,6 +42,8 @@ use crate::partition::PartitionId;
 use crate::subscription::{Start, Subscription};
 use crate::transport::Transport;
 
+/// Partitions that are taken over side by side.
+const AT_ONCE: usize = 16;
 /// How often the log is read for what others appended: operators, and owners that replaced us.
 const READ_EVERY: Duration = Duration::from_millis(500);
 
@@ -132,13 +135,20 @@ impl Parked {
         let slots = place::slots(admin, &self.log.topic, partitions).await?;
         let lows = self.log.lows().await?;
         let (mut taken, mut outcome) = (Vec::with_capacity(slots.len()), Ok(()));
-        for (partition, slot) in slots {
-            let low = lows.get(&partition).copied().unwrap_or(0);
-            match Place::gain(self.log.clone(), partition, slot, low).await {
-                Ok(place) => taken.push(place),
-                Err(error) => {
-                    outcome = Err(error);
-                    break;
+        let mut slots = slots.into_iter();
+        while outcome.is_ok() && slots.len() > 0 {
+            // Side by side: each waits for the broker a few times.
+            let mut gaining = JoinSet::new();
+            for (partition, slot) in slots.by_ref().take(AT_ONCE) {
+                let low = lows.get(&partition).copied().unwrap_or(0);
+                gaining.spawn(Place::gain(self.log.clone(), partition, slot, low));
+            }
+            while let Some(gained) = gaining.join_next().await {
+                let interrupted =
+                    |error| Error::new(ErrorKind::Unexpected, "a takeover was interrupted").caused_by(error);
+                match gained.map_err(interrupted).flatten() {
+                    Ok(place) => taken.push(place),
+                    Err(error) => outcome = Err(error),
                 }
             }
         }

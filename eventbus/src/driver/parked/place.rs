@@ -22,6 +22,9 @@ use crate::transport::{Publisher, Transport};
 
 /// Records that one read brings.
 pub(super) const PAGE: usize = 512;
+/// How often a log that should hold our Takeover is read again, and when.
+const SHORT_READS: u32 = 100;
+const SOON: Duration = Duration::from_millis(20);
 
 /// Keys that are tried to reach every partition: as many as 4,096 partitions never need.
 const MAX_TRIALS: u32 = 1_000_000;
@@ -255,37 +258,50 @@ impl Place {
         self.read_until(None).await
     }
 
-    /// Reads on; the record with this id is our Takeover.
+    /// Reads on; the record with this id is our Takeover. A copy of a log may be behind for a moment: what was said
+    /// before our Takeover is read when that is.
     async fn read_until(&self, takeover: Option<&EventId>) -> Result<()> {
         let _one_at_a_time = self.reading.lock().await;
+        let (mut is_there, mut n_short) = (takeover.is_none(), 0);
         loop {
             let next = self.fold.lock().next;
             let records = page(self.log.admin()?, &self.log.topic, self.partition, next).await?;
-            let (n_records, now) = (records.len(), Now::get());
-            let mut fold = self.fold.lock();
-            for (position, envelope) in records {
-                let ours = takeover == Some(envelope.id());
-                if ours && planted(Bug::ForgetsParkedOnTakeover) {
-                    *fold = Fold::from(position);
-                }
-                let entry = record::parse(&envelope);
-                let of = entry.as_ref().and_then(|entry| match &entry.record {
-                    Record::Park(parked) => Some(parked.id.clone()),
-                    Record::Done { id } | Record::Resolve { id, .. } => Some(id.clone()),
-                    _ => None,
-                });
-                fold.read(position, entry, now);
-                if let Some(id) = of {
-                    self.keep_body(&id, &fold, &envelope);
-                }
-                if ours {
-                    fold.begin(position);
-                }
-            }
+            let n_records = records.len();
+            is_there |= self.take_in(records, takeover);
             if n_records < PAGE {
-                return Ok(());
+                if is_there || n_short == SHORT_READS {
+                    return Ok(());
+                }
+                n_short += 1;
+                tokio::time::sleep(SOON).await;
             }
         }
+    }
+
+    /// Takes in a page of the log; whether our Takeover was in it.
+    fn take_in(&self, records: Vec<(u64, Envelope)>, takeover: Option<&EventId>) -> bool {
+        let (mut fold, now, mut is_there) = (self.fold.lock(), Now::get(), false);
+        for (position, envelope) in records {
+            let ours = takeover == Some(envelope.id());
+            if ours && planted(Bug::ForgetsParkedOnTakeover) {
+                *fold = Fold::from(position);
+            }
+            let entry = record::parse(&envelope);
+            let of = entry.as_ref().and_then(|entry| match &entry.record {
+                Record::Park(parked) => Some(parked.id.clone()),
+                Record::Done { id } | Record::Resolve { id, .. } => Some(id.clone()),
+                _ => None,
+            });
+            fold.read(position, entry, now);
+            if let Some(id) = of {
+                self.keep_body(&id, &fold, &envelope);
+            }
+            if ours {
+                fold.begin(position);
+                is_there = true;
+            }
+        }
+        is_there
     }
 
     /// Keeps the body that a record brought, or forgets one that nobody needs any more.

@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
+use crate::transport::kit::refusals;
 
 /// How many groups are asked for their positions at a time.
 const MAX_ASKING: usize = 16;
@@ -96,10 +97,7 @@ impl Client {
                 Ok((low, end)) => return Ok((low.unsigned_abs(), end.unsigned_abs())),
                 Err(error) if error.kind() == ErrorKind::NotFound => {
                     return Err(match self.find(topic)? {
-                        Some(n_partitions) => Error::not_found("there is no such partition")
-                            .with("topic", topic)
-                            .with("partition", partition)
-                            .with("partitions", n_partitions),
+                        Some(n_partitions) => refusals::no_partition(topic, partition, n_partitions),
                         None => missing(topic),
                     });
                 }
@@ -190,10 +188,7 @@ impl Client {
     fn read(&self, topic: &Topic, partition: PartitionId, from: Offset, max: usize) -> Result<Vec<Record>> {
         let (first, next) = self.bounds_of(topic, partition)?;
         if from.0 < first {
-            let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
-            return Err(Error::new(kind, "events below the first kept offset are gone")
-                .with("topic", topic)
-                .with("partition", partition));
+            return Err(refusals::removed(topic, partition, from, first));
         }
         let mut found = Vec::new();
         if from.0 >= next || max == 0 {
@@ -268,10 +263,7 @@ impl Admin for Kafka {
         if found == declared {
             return Ok(is_new);
         }
-        Err(Error::new(ErrorKind::Conflict, "the topic has another number of partitions: keys would move")
-            .with("topic", topic)
-            .with("declared", declared)
-            .with("found", found))
+        Err(refusals::other_partitions(topic, declared, found))
     }
 
     async fn topics(&self) -> Result<Vec<TopicInfo>> {

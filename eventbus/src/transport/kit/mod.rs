@@ -7,6 +7,7 @@ pub(super) mod cursor;
 pub(super) mod hand;
 pub(super) mod leased;
 pub(super) mod queue;
+pub(super) mod refusals;
 pub(super) mod tasks;
 pub(super) mod texts;
 pub(super) mod wall;

@@ -18,6 +18,7 @@ use crate::partition::{self, PartitionId};
 use crate::transport::Content;
 use crate::transport::kit::cursor::Cursor;
 use crate::transport::kit::hand::MAX_PARTITIONS;
+use crate::transport::kit::refusals;
 
 fn describe(state: &TopicState) -> TopicInfo {
     let inner = state.lock();
@@ -35,10 +36,7 @@ fn check_partition(state: &TopicState, partition: PartitionId) -> Result<()> {
     if partition.0 < state.spec.partitions.get() {
         return Ok(());
     }
-    Err(Error::not_found("there is no such partition")
-        .with("topic", &state.spec.topic)
-        .with("partition", partition)
-        .with("partitions", state.spec.partitions))
+    Err(refusals::no_partition(&state.spec.topic, partition, state.spec.partitions))
 }
 
 impl Memory {
@@ -92,13 +90,9 @@ impl Admin for Memory {
                 Ok(true)
             }
             Some(state) if state.spec.partitions == spec.partitions => Ok(false),
-            Some(state) => Err(Error::new(
-                ErrorKind::Conflict,
-                "the topic has another number of partitions: keys would move",
-            )
-            .with("topic", &spec.topic)
-            .with("declared", spec.partitions)
-            .with("found", state.spec.partitions)),
+            Some(state) => {
+                Err(refusals::other_partitions(&spec.topic, spec.partitions, state.spec.partitions))
+            }
         }
     }
 
@@ -210,10 +204,7 @@ impl Admin for Memory {
         let inner = state.lock();
         let Some(log) = inner.logs.get(partition.0 as usize) else { return Ok(Vec::new()) };
         if from.0 < log.base {
-            let kind = ErrorKind::DataLoss { expected: from, first: Offset(log.base) };
-            return Err(Error::new(kind, "events below the first kept offset are gone")
-                .with("topic", topic)
-                .with("partition", partition));
+            return Err(refusals::removed(topic, partition, from, log.base));
         }
         let skip = (from.0 - log.base) as usize;
         let records = log.entries.iter().enumerate().skip(skip).take(max).map(|(at, stored)| {

@@ -8,14 +8,15 @@ use async_trait::async_trait;
 use futures_util::future::try_join_all;
 use futures_util::{FutureExt as _, StreamExt as _};
 
-use super::leases::{CursorDoc, GroupDoc};
-use super::store::{Held, Store, TopicDoc, bounds, damaged, missing, since, unavailable};
+use super::store::{Store, TopicDoc, bounds, damaged, missing, since, unavailable};
 use super::{MAX_PARTITIONS, Nats, message, names};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
+use crate::transport::kit::leased::registers::{Bounds, changed_meanwhile, groups};
+use crate::transport::kit::refusals;
 
 /// What one read asks the server for at most.
 const READ_AT_ONCE: usize = 256;
@@ -23,10 +24,6 @@ const READ_AT_ONCE: usize = 256;
 const SOON: Duration = Duration::from_millis(2);
 /// How often a topic is looked at that says nothing.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-
-fn changed_meanwhile() -> Error {
-    Error::new(ErrorKind::Conflict, "the group changed meanwhile: a member may have joined")
-}
 
 impl Store {
     /// The number of partitions of a topic that must exist; it is never created.
@@ -38,9 +35,8 @@ impl Store {
         let Some(declared) = self.declared(topic).await? else { return Ok(None) };
         let looks = self.look_at_all(topic, declared.partitions).await?;
         let partition = |(at, (_, info)): (usize, &(Stream, Info))| {
-            let (first, next) = bounds(info);
-            PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next))
-                .with_kept(info.state.messages)
+            let Bounds { first, next, n_kept } = bounds(info);
+            PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next)).with_kept(n_kept)
         };
         let partitions = looks.iter().enumerate().map(partition).collect();
         let retention = Retention {
@@ -67,78 +63,9 @@ impl Store {
     async fn place(&self, topic: &Topic, partition: PartitionId) -> Result<(Stream, Info)> {
         let n_partitions = self.existing(topic).await?;
         if partition.0 >= n_partitions {
-            return Err(Error::not_found("there is no such partition")
-                .with("topic", topic)
-                .with("partition", partition)
-                .with("partitions", n_partitions));
+            return Err(refusals::no_partition(topic, partition, n_partitions));
         }
         self.look(topic, partition.0).await?.ok_or_else(|| missing(topic))
-    }
-
-    async fn positions(&self, topic: &Topic, wanted: Option<&Group>) -> Result<Vec<GroupInfo>> {
-        let n_partitions = self.existing(topic).await?;
-        let looks = self.look_at_all(topic, n_partitions).await?;
-        let prefix = names::groups(topic);
-        let keys = match wanted {
-            Some(group) => vec![names::group(topic, group.as_str())],
-            None => self.keys(&prefix).await?,
-        };
-        let (mut found, now) = (Vec::new(), self.clock().now());
-        for key in keys {
-            let group = Group::new(names::unflat(key.strip_prefix(&prefix).unwrap_or_default()))?;
-            let Some(Held { value: doc, .. }) = self.get::<GroupDoc>(&key).await? else { continue };
-            let cursors = (0..n_partitions).map(|partition| self.cursor(topic, &group, &doc, partition));
-            let cursors = try_join_all(cursors).await?;
-            for (at, ((_, info), cursor)) in looks.iter().zip(cursors).enumerate() {
-                let (first, next) = bounds(info);
-                let floor = cursor.value.floor;
-                let above = cursor.value.past.range(floor.max(first)..);
-                let settled_above = above.filter(|(_, past)| past.attempt == 0).count() as u64;
-                let lag = next.saturating_sub(floor.max(first)).saturating_sub(settled_above);
-                let owner = doc.shares.get(at).and_then(|(owner, _)| doc.members.get(&(*owner)?));
-                let owner = owner.filter(|member| member.until >= now);
-                let (partition, floor, end) = (PartitionId(at as u32), Offset(floor), Offset(next));
-                found.push(
-                    GroupInfo::new(group.clone(), topic.clone(), partition, floor, end, lag)
-                        .with_owner(owner.map(|member| member.process.clone())),
-                );
-            }
-        }
-        Ok(found)
-    }
-
-    /// A group's position, as it is or as it begins.
-    async fn cursor(
-        &self,
-        topic: &Topic,
-        group: &Group,
-        doc: &GroupDoc,
-        partition: u32,
-    ) -> Result<Held<CursorDoc>> {
-        let key = names::cursor(topic, group.as_str(), partition);
-        let found = self.get::<CursorDoc>(&key).await?;
-        let revision = found.as_ref().map_or(0, |found| found.revision);
-        let value = found.map(|found| found.value).filter(|value| value.group == doc.id);
-        let value = value.unwrap_or_else(|| doc.beginning(partition));
-        Ok(Held { value, revision })
-    }
-
-    /// A group that has no members now, with its revision.
-    async fn idle_group(&self, group: &Group, topic: &Topic) -> Result<Held<GroupDoc>> {
-        self.set_clock().await?;
-        let found = self.get::<GroupDoc>(&names::group(topic, group.as_str())).await?;
-        let Some(mut found) = found else {
-            return Err(Error::not_found("there is no such group in this topic")
-                .with("group", group)
-                .with("topic", topic));
-        };
-        found.value.bury(self.clock().now());
-        if found.value.members.is_empty() {
-            return Ok(found);
-        }
-        Err(Error::new(ErrorKind::Conflict, "the group has members: stop them first")
-            .with("group", group)
-            .with("members", found.value.members.len()))
     }
 }
 
@@ -157,10 +84,7 @@ impl Admin for Nats {
         if found == declared {
             return Ok(is_new);
         }
-        Err(Error::new(ErrorKind::Conflict, "the topic has another number of partitions: keys would move")
-            .with("topic", &spec.topic)
-            .with("declared", declared)
-            .with("found", found))
+        Err(refusals::other_partitions(&spec.topic, declared, found))
     }
 
     async fn topics(&self) -> Result<Vec<TopicInfo>> {
@@ -204,7 +128,7 @@ impl Admin for Nats {
 
     async fn purge(&self, topic: &Topic, partition: PartitionId, before: Offset) -> Result<u64> {
         let (stream, info) = self.store.place(topic, partition).await?;
-        let (first, next) = bounds(&info);
+        let Bounds { first, next, .. } = bounds(&info);
         let before = before.0.min(next);
         if before <= first {
             return Ok(0);
@@ -220,7 +144,7 @@ impl Admin for Nats {
         };
         let mut found = Vec::new();
         for topic in topics {
-            match self.store.positions(&topic, None).await {
+            match groups::positions(&*self.store, &topic, None).await {
                 Err(error) if error.kind() == ErrorKind::NotFound && !is_one => {}
                 positions => found.extend(positions?),
             }
@@ -230,47 +154,18 @@ impl Admin for Nats {
     }
 
     async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {
-        self.store.positions(topic, Some(group)).await
+        groups::positions(&*self.store, topic, Some(group)).await
     }
 
     async fn delete_group(&self, group: &Group, topic: &Topic) -> Result<()> {
         let (group, topic, store) = (group.clone(), topic.clone(), self.store.clone());
-        let work = async move {
-            let n_partitions = store.existing(&topic).await?;
-            let found = store.idle_group(&group, &topic).await?;
-            let key = names::group(&topic, group.as_str());
-            store.remove_at(&key, found.revision).await?.ok_or_else(changed_meanwhile)?;
-            for partition in 0..n_partitions {
-                let key = names::cursor(&topic, group.as_str(), partition);
-                // One of a new group of this name stays.
-                let cursor = store.get::<CursorDoc>(&key).await?;
-                if let Some(cursor) = cursor.filter(|cursor| cursor.value.group == found.value.id) {
-                    store.remove_at(&key, cursor.revision).await?;
-                }
-            }
-            Ok(())
-        };
+        let work = async move { groups::delete(&*store, &group, &topic).await };
         self.store.tasks.run(work).await
     }
 
     async fn seek(&self, group: &Group, topic: &Topic, partition: PartitionId, to: Offset) -> Result<()> {
         let (_, info) = self.store.place(topic, partition).await?;
-        let (first, next) = bounds(&info);
-        let Held { value: mut doc, revision } = self.store.idle_group(group, topic).await?;
-        let Held { mut value, revision: at } = self.store.cursor(topic, group, &doc, partition.0).await?;
-        // A member that joins meanwhile changes the group, or takes the position under an epoch of its own; one that
-        // was declared dead and wakes finds an epoch that is not its own.
-        let share = doc.shares.get_mut(partition.0 as usize).ok_or_else(changed_meanwhile)?;
-        let epoch = share.1.wrapping_add(1);
-        *share = (None, epoch);
-        doc.generation += 1;
-        let key = names::group(topic, group.as_str());
-        self.store.set(&key, &doc, revision).await?.ok_or_else(changed_meanwhile)?;
-        (value.epoch, value.floor) = (epoch, to.0.clamp(first, next));
-        value.past.clear();
-        let key = names::cursor(topic, group.as_str(), partition.0);
-        self.store.set(&key, &value, at).await?.ok_or_else(changed_meanwhile)?;
-        Ok(())
+        groups::seek(&*self.store, group, topic, partition, to, bounds(&info)).await
     }
 
     async fn partition_of(&self, topic: &Topic, key: &Key) -> Result<PartitionId> {
@@ -291,12 +186,9 @@ impl Admin for Nats {
         max: usize,
     ) -> Result<Vec<Record>> {
         let (stream, info) = self.store.place(topic, partition).await?;
-        let (first, next) = bounds(&info);
+        let Bounds { first, next, .. } = bounds(&info);
         if from.0 < first && first > 1 {
-            let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
-            return Err(Error::new(kind, "events below the first kept offset are gone")
-                .with("topic", topic)
-                .with("partition", partition));
+            return Err(refusals::removed(topic, partition, from, first));
         }
         // As many as there are, up to `max`: who asks takes fewer for the end.
         let wanted = next.saturating_sub(from.0.max(1)).min(max as u64) as usize;

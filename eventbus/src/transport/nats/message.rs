@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use async_nats::{HeaderMap, HeaderName, HeaderValue};
 use bytes::Bytes;
 
-use crate::cloudevents::{Binding, read, write};
+use crate::cloudevents::{Binding, percent, read, write};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::transport::Content;
@@ -33,60 +33,6 @@ const PLAIN: [&str; 10] = [
     "ce-partitionkey",
     "content-type",
 ];
-
-fn put_coded(byte: u8, out: &mut String) {
-    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
-    out.push('%');
-    for digit in [byte >> 4, byte & 15] {
-        out.push(char::from(DIGITS.get(usize::from(digit)).copied().unwrap_or(b'0')));
-    }
-}
-
-/// Percent-encodes a value: what is no printable ASCII, and the space, `"` and `%`.
-fn coded(value: &[u8]) -> String {
-    let mut out = String::with_capacity(value.len());
-    for byte in value {
-        match byte {
-            b'"' | b'%' => put_coded(*byte, &mut out),
-            0x21..=0x7e => out.push(char::from(*byte)),
-            _ => put_coded(*byte, &mut out),
-        }
-    }
-    out
-}
-
-/// Percent-encodes a name, so that it may stand as a header and in the order.
-fn coded_name(name: &str) -> String {
-    let mut out = String::with_capacity(name.len());
-    for byte in name.bytes() {
-        match byte {
-            b'%' | b',' | b':' | b'"' => put_coded(byte, &mut out),
-            0x21..=0x7e => out.push(char::from(byte)),
-            _ => put_coded(byte, &mut out),
-        }
-    }
-    out
-}
-
-/// Reads what is percent-encoded; a `%` that begins no code stands for itself.
-fn decoded(text: &str) -> Vec<u8> {
-    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
-    let bytes = text.as_bytes();
-    let (mut out, mut at) = (Vec::with_capacity(bytes.len()), 0);
-    while let Some(byte) = bytes.get(at) {
-        match (byte, digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
-            (b'%', Some(high), Some(low)) => {
-                out.push((high * 16 + low) as u8);
-                at += 3;
-            }
-            _ => {
-                out.push(*byte);
-                at += 1;
-            }
-        }
-    }
-    out
-}
 
 /// The headers of an event's message, and the bytes they take on the wire.
 ///
@@ -114,16 +60,16 @@ pub(super) fn headers(event: &Envelope) -> Result<(HeaderMap, usize)> {
                 Ok(media) if name == "content-type" && !media.is_empty() && media.trim() == media => {
                     append(name, media);
                 }
-                _ if name == "content-type" => append("ce-datacontenttype", &coded(value)),
-                _ => append(name, &coded(value)),
+                _ if name == "content-type" => append("ce-datacontenttype", &percent::value(value)),
+                _ => append(name, &percent::value(value)),
             }
         } else {
-            let name = coded_name(name);
+            let name = percent::name(name);
             if !order.is_empty() {
                 order.push(',');
             }
             order.push_str(&name);
-            append(&name, &coded(value));
+            append(&name, &percent::value(value));
         }
     });
     if !order.is_empty() {
@@ -137,7 +83,11 @@ pub(super) fn headers(event: &Envelope) -> Result<(HeaderMap, usize)> {
 
 /// The id under which the server knows a repetition: source and id, which no other pair shares.
 pub(super) fn id(event: &Envelope) -> String {
-    format!("{} {}", coded(event.source().as_bytes()), coded(event.id().to_string().as_bytes()))
+    format!(
+        "{} {}",
+        percent::value(event.source().as_bytes()),
+        percent::value(event.id().to_string().as_bytes())
+    )
 }
 
 /// Reads what a message holds.
@@ -164,12 +114,12 @@ pub(super) fn content(headers: Option<&HeaderMap>, payload: Bytes) -> Content {
             let is_attribute = name.get(..3).is_some_and(|start| start.eq_ignore_ascii_case("ce-"))
                 || name.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("evt-"));
             let value = value.as_str();
-            pairs.push((name.to_owned(), if is_attribute { decoded(value) } else { value.into() }));
+            pairs.push((name.to_owned(), if is_attribute { percent::decoded(value) } else { value.into() }));
         }
         for name in order {
             let Some(value) = own.get_mut(name).and_then(Iterator::next) else { continue };
-            let known = String::from_utf8_lossy(&decoded(name)).into_owned();
-            pairs.push((known, decoded(value.as_str())));
+            let known = String::from_utf8_lossy(&percent::decoded(name)).into_owned();
+            pairs.push((known, percent::decoded(value.as_str())));
         }
     }
     read(&BINDING, pairs.iter().map(|(name, value)| (name.as_str(), value.as_slice())), None, Some(payload))

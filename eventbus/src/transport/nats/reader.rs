@@ -1,23 +1,19 @@
 //! Reads one partition ahead, in its order, without a gap that is not told.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::Message;
 use futures_util::StreamExt as _;
-use parking_lot::Mutex;
-use tokio::sync::{Notify, oneshot, watch};
+use tokio::sync::oneshot;
 
 use super::message;
 use super::store::{Store, reading, since, unavailable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::transport::kit::leased::Stored;
+use crate::transport::kit::leased::registers::{Ahead, Item};
 
-/// What is read ahead of one partition at most; of bytes, one event more.
-const MAX_AHEAD: usize = 512;
-const MAX_BYTES_AHEAD: usize = 1 << 20;
 /// What the server sends without being asked again.
 const BATCH: usize = 256;
 /// How often the server says that it has nothing; twice as long in silence, and reading begins anew.
@@ -31,99 +27,25 @@ const ALONE_AFTER: u32 = 3;
 /// When a reader that failed is tried again.
 const AGAIN: Duration = Duration::from_millis(200);
 
-pub(super) struct Reader {
-    ahead: Arc<Ahead>,
-    /// The offset that is due next.
-    pub(super) next: u64,
-    /// Dropped with the reader: then its task ends.
-    _stop: oneshot::Sender<()>,
-}
-
-#[derive(Default)]
-struct Ahead {
-    found: Mutex<Found>,
-    room: Notify,
-}
-
-#[derive(Default)]
-struct Found {
-    items: VecDeque<Item>,
-    n_bytes: usize,
-}
-
-enum Item {
-    Event(Stored),
-    /// Everything below was removed.
-    Hole(u64),
-    Failed(Error),
-    /// The stream is gone.
-    Gone,
-}
-
-/// What comes next of a partition.
-pub(super) enum Next {
-    Events(Vec<Stored>),
-    Hole(u64),
-    Gone,
-}
-
-impl Reader {
-    /// Begins to read; `bell` rings for everything that is found.
-    pub(super) fn start(
-        store: &Arc<Store>,
-        topic: Topic,
-        partition: u32,
-        from: u64,
-        bell: watch::Sender<u64>,
-    ) -> Self {
-        let (stop, stopped) = oneshot::channel();
-        let ahead = Arc::<Ahead>::default();
-        let reading = Reading { store: store.clone(), topic, partition, ahead: ahead.clone(), bell };
-        tokio::spawn(reading.run(from, stopped));
-        Self { ahead, next: from, _stop: stop }
-    }
-
-    /// Takes what was read: events up to a number and bytes (but one), or what stands before them.
-    ///
-    /// # Errors
-    /// What reading met; it goes on all the same.
-    pub(super) fn take(&mut self, max: usize, max_bytes: usize) -> Result<Next> {
-        let mut found = self.ahead.found.lock();
-        let (mut events, mut n_bytes) = (Vec::new(), 0);
-        while events.is_empty() || (events.len() < max && n_bytes < max_bytes) {
-            match found.items.pop_front() {
-                Some(Item::Event(stored)) => {
-                    n_bytes += stored.content.size_bytes();
-                    self.next = stored.offset + 1;
-                    events.push(stored);
-                }
-                // What was found before comes first.
-                Some(item) if !events.is_empty() => {
-                    found.items.push_front(item);
-                    break;
-                }
-                Some(Item::Hole(first)) => {
-                    self.next = first;
-                    return Ok(Next::Hole(first));
-                }
-                Some(Item::Failed(error)) => return Err(error),
-                Some(Item::Gone) => return Ok(Next::Gone),
-                None => break,
-            }
-        }
-        found.n_bytes = found.n_bytes.saturating_sub(n_bytes);
-        drop(found);
-        self.ahead.room.notify_one();
-        Ok(Next::Events(events))
-    }
-}
-
 struct Reading {
     store: Arc<Store>,
     topic: Topic,
     partition: u32,
-    ahead: Arc<Ahead>,
-    bell: watch::Sender<u64>,
+    ahead: Ahead,
+}
+
+impl Store {
+    /// Reads a partition ahead until it is stopped.
+    pub(super) async fn read_partition(
+        self: Arc<Self>,
+        topic: Topic,
+        partition: u32,
+        from: u64,
+        ahead: Ahead,
+        stopped: oneshot::Receiver<()>,
+    ) {
+        Reading { store: self, topic, partition, ahead }.run(from, stopped).await;
+    }
 }
 
 impl Reading {
@@ -145,11 +67,11 @@ impl Reading {
                 }
                 match read {
                     Ok(true) => {}
-                    Ok(false) => return self.put(Item::Gone),
+                    Ok(false) => return self.ahead.put(Item::Gone),
                     Err(error) if error.is_retryable() => {
                         tracing::debug!(%error, topic = %self.topic, partition = self.partition, "reading anew");
                     }
-                    Err(error) => self.put(Item::Failed(error)),
+                    Err(error) => self.ahead.put(Item::Failed(error)),
                 }
                 tokio::time::sleep(AGAIN).await;
             }
@@ -166,27 +88,13 @@ impl Reading {
         }
     }
 
-    fn put(&self, item: Item) {
-        let mut found = self.ahead.found.lock();
-        if let Item::Event(stored) = &item {
-            found.n_bytes += stored.content.size_bytes();
-        }
-        // One that nobody took is as good as the next one.
-        let is_repeated = matches!((&item, found.items.back()), (Item::Failed(_), Some(Item::Failed(_))));
-        if !is_repeated {
-            found.items.push_back(item);
-        }
-        drop(found);
-        self.bell.send_modify(|n| *n += 1);
-    }
-
     /// Reads until that fails (an error that may be retried), ends, or the stream is gone (false).
     async fn read(&self, next: &mut u64, name: &mut Option<String>) -> Result<bool> {
         let mut connections = self.store.connections.subscribe();
         let Some((stream, info)) = self.store.look(&self.topic, self.partition).await? else {
             return Ok(false);
         };
-        self.pass_hole(next, info.state.first_sequence);
+        self.ahead.pass_hole(next, info.state.first_sequence);
         if *next > info.state.last_sequence + 1 {
             return Err(Error::new(
                 ErrorKind::Corrupt,
@@ -225,7 +133,7 @@ impl Reading {
                 // What was there does not come: it may have been removed, up to the end.
                 Err(_) if n_pending > 0 => {
                     let state = stream.get_info().await.map_err(unavailable)?.state;
-                    self.pass_hole(next, state.first_sequence);
+                    self.ahead.pass_hole(next, state.first_sequence);
                     n_pending = state.last_sequence.saturating_sub(*next - 1);
                     continue;
                 }
@@ -247,12 +155,12 @@ impl Reading {
             if offset > *next {
                 // Removed in between, one by one or all below.
                 let found = stream.get_info().await.map_err(unavailable)?;
-                self.pass_hole(next, found.state.first_sequence.min(offset));
+                self.ahead.pass_hole(next, found.state.first_sequence.min(offset));
             }
-            self.wait_for_room().await;
+            self.ahead.wait_for_room().await;
             let (Message { message, .. }, at) = (message, offset);
             let content = message::content(message.headers.as_ref(), message.payload);
-            self.put(Item::Event(Stored { offset: at, stored_at, content }));
+            self.ahead.put(Item::Event(Stored { offset: at, stored_at, content }));
             *next = offset + 1;
         }
     }
@@ -261,29 +169,9 @@ impl Reading {
     /// that the client does not read, and it would begin anew for ever.
     async fn take_alone(&self, next: &mut u64) -> Result<()> {
         if let Some(stored) = self.store.alone(&self.topic, self.partition, *next).await? {
-            self.put(Item::Event(stored));
+            self.ahead.put(Item::Event(stored));
             *next += 1;
         }
         Ok(())
-    }
-
-    /// Notes that everything below `first` was removed, if some of that was not read.
-    fn pass_hole(&self, next: &mut u64, first: u64) {
-        if *next < first {
-            *next = first;
-            self.put(Item::Hole(first));
-        }
-    }
-
-    async fn wait_for_room(&self) {
-        loop {
-            {
-                let found = self.ahead.found.lock();
-                if found.items.len() < MAX_AHEAD && found.n_bytes < MAX_BYTES_AHEAD {
-                    return;
-                }
-            }
-            self.ahead.room.notified().await;
-        }
     }
 }

@@ -29,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::time::from_rfc3339;
 use crate::transport::kit::leased::Stored;
+use crate::transport::kit::leased::registers::{Bounds, Held};
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
 use crate::url::Url;
@@ -90,12 +91,6 @@ impl Clock {
     pub(super) fn moment(&self, millis: u64) -> Option<Instant> {
         self.after.checked_add(Duration::from_millis(millis.saturating_sub(self.millis)))
     }
-}
-
-/// A value of the bucket with the revision that a change must name; 0 = there is none.
-pub(super) struct Held<T> {
-    pub(super) value: T,
-    pub(super) revision: u64,
 }
 
 pub(super) fn millis_of(time: SystemTime) -> u64 {
@@ -526,6 +521,15 @@ impl Store {
         Ok(Some(Stored { offset, stored_at, content }))
     }
 
+    /// The first event of a stream that was stored at or after a time.
+    pub(super) async fn first_since(&self, stream: &Stream, time: SystemTime) -> Result<Option<u64>> {
+        let nanos = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let start_time = async_nats::datetime::from_nanos(i128::try_from(nanos).unwrap_or(i128::MAX))
+            .map_err(|_| Error::config("a start lies beyond the times that NATS knows"))?;
+        let found = self.fetch(stream, DeliverPolicy::ByStartTime { start_time }, 1).await?;
+        Ok(found.first().and_then(|message| Some(message.info().ok()?.stream_sequence)))
+    }
+
     /// What the server may send at once: never below one event, or it could not be read.
     pub(super) fn max_bytes_at_once(&self) -> usize {
         (1 << 20).max(self.client.max_payload() + (64 << 10))
@@ -581,9 +585,10 @@ pub(super) fn reading(from: DeliverPolicy) -> pull::Config {
     }
 }
 
-/// First and next offset of a stream.
-pub(super) fn bounds(info: &Info) -> (u64, u64) {
-    (info.state.first_sequence.max(1), info.state.last_sequence + 1)
+/// What a stream holds.
+pub(super) fn bounds(info: &Info) -> Bounds {
+    let state = &info.state;
+    Bounds { first: state.first_sequence.max(1), next: state.last_sequence + 1, n_kept: state.messages }
 }
 
 /// From a sequence on.

@@ -11,11 +11,12 @@ use super::schema::from_sqlx;
 use super::store::Store;
 use super::{Postgres, membership, retention, topics};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
 use crate::time::to_nanos;
+use crate::transport::kit::refusals;
 use crate::transport::kit::texts::Texts;
 
 impl Store {
@@ -74,12 +75,7 @@ async fn bounds(
         .fetch_optional(connection)
         .await
         .map_err(from_sqlx)?;
-    let row = row.ok_or_else(|| {
-        Error::not_found("there is no such partition")
-            .with("topic", topic)
-            .with("partition", partition)
-            .with("partitions", n_partitions)
-    })?;
+    let row = row.ok_or_else(|| refusals::no_partition(topic, partition, n_partitions))?;
     let number = |at: usize| row.try_get::<i64, _>(at).map(i64::unsigned_abs).map_err(from_sqlx);
     Ok((id, number(0)?, number(1)?))
 }
@@ -265,10 +261,7 @@ impl Admin for Postgres {
                 // Looked at afterwards: what was there then was there before.
                 let (_, first, _) = bounds(&mut connection, &topic, partition).await?;
                 if from.0 < first {
-                    let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
-                    return Err(Error::new(kind, "events below the first kept offset are gone")
-                        .with("topic", &topic)
-                        .with("partition", partition));
+                    return Err(refusals::removed(&topic, partition, from, first));
                 }
                 let mut texts = Texts::default();
                 rows.iter()

@@ -5,9 +5,10 @@ use sqlx::{PgConnection, Row};
 use super::schema::from_sqlx;
 use super::store::Store;
 use crate::admin::{Retention, TopicSpec};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::name::Topic;
 use crate::time::nanos;
+use crate::transport::kit::refusals;
 
 /// Most partitions of a topic in this store.
 pub(super) const MAX_PARTITIONS: u32 = 4096;
@@ -90,10 +91,7 @@ pub(super) async fn declare(connection: &mut PgConnection, spec: &TopicSpec) -> 
     if found == spec.partitions.get() {
         return Ok(false);
     }
-    Err(Error::new(ErrorKind::Conflict, "the topic has another number of partitions: keys would move")
-        .with("topic", &spec.topic)
-        .with("declared", spec.partitions)
-        .with("found", found))
+    Err(refusals::other_partitions(&spec.topic, spec.partitions, found))
 }
 
 /// Deletes a topic with its events, groups and positions, in one statement. Returns its id.

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
+use crate::transport::kit::refusals;
 
 /// What the server says of a stream.
 #[derive(Debug, Clone, Copy, Default)]
@@ -102,12 +103,10 @@ impl Store {
     /// The bounds of a partition that must exist, and the number of partitions.
     async fn bounds(&self, topic: &Topic, partition: PartitionId) -> Result<StreamInfo> {
         let (streams, _) = self.look(topic).await?.ok_or_else(|| missing(topic))?;
-        streams.get(partition.0 as usize).copied().ok_or_else(|| {
-            Error::not_found("there is no such partition")
-                .with("topic", topic)
-                .with("partition", partition)
-                .with("partitions", streams.len())
-        })
+        streams
+            .get(partition.0 as usize)
+            .copied()
+            .ok_or_else(|| refusals::no_partition(topic, partition, streams.len()))
     }
 
     async fn positions(&self, topic: &Topic) -> Result<Vec<GroupInfo>> {
@@ -191,13 +190,7 @@ impl Admin for Redis {
         match self.store.declare(topic, declared, kept.max_age, max_events).await? {
             (_, true) => Ok(true),
             (found, false) if found == declared => Ok(false),
-            (found, false) => Err(Error::new(
-                ErrorKind::Conflict,
-                "the topic has another number of partitions: keys would move",
-            )
-            .with("topic", topic)
-            .with("declared", declared)
-            .with("found", found)),
+            (found, false) => Err(refusals::other_partitions(topic, declared, found)),
         }
     }
 
@@ -327,10 +320,7 @@ impl Admin for Redis {
             .await?;
         let first = first.and_then(|first| keys::offset(first.as_bytes())).unwrap_or(0);
         if from.0 < first {
-            let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
-            return Err(Error::new(kind, "events below the first kept offset are gone")
-                .with("topic", topic)
-                .with("partition", partition));
+            return Err(refusals::removed(topic, partition, from, first));
         }
         let record = |entry: &Value| {
             let found = entry::stored(entry).ok_or_else(damaged)?;

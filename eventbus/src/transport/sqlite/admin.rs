@@ -8,10 +8,11 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::schema::from_sqlite;
 use super::{Sqlite, clock, fitness, membership, retention, row, topics};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
+use crate::transport::kit::refusals;
 
 type TopicRow = (i64, String, u32, Retention);
 
@@ -69,10 +70,7 @@ fn bounds(connection: &Connection, topic: &Topic, partition: PartitionId) -> Res
         .map_err(from_sqlite)?;
     match found {
         Some((first, next)) => Ok((id, first, next)),
-        None => Err(Error::not_found("there is no such partition")
-            .with("topic", topic)
-            .with("partition", partition)
-            .with("partitions", n_partitions)),
+        None => Err(refusals::no_partition(topic, partition, n_partitions)),
     }
 }
 
@@ -240,10 +238,7 @@ impl Admin for Sqlite {
             .read(move |connection| {
                 let (id, first, next) = bounds(connection, &topic, partition)?;
                 if from.0 < first {
-                    let kind = ErrorKind::DataLoss { expected: from, first: Offset(first) };
-                    return Err(Error::new(kind, "events below the first kept offset are gone")
-                        .with("topic", &topic)
-                        .with("partition", partition));
+                    return Err(refusals::removed(&topic, partition, from, first));
                 }
                 let rows = row::read(connection, id, partition.0, from.0, next, max, usize::MAX)?;
                 Ok(rows

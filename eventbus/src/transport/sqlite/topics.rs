@@ -6,8 +6,9 @@ use super::clock;
 use super::schema::{MAX_PARTITIONS, from_sqlite};
 use super::writer::{End, Round};
 use crate::admin::{Retention, TopicSpec};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::name::Topic;
+use crate::transport::kit::refusals;
 
 /// Finds a topic: its id and number of partitions.
 pub(super) fn resolve(round: &mut Round<'_>, topic: &Topic) -> Result<Option<(i64, u32)>> {
@@ -71,13 +72,7 @@ pub(super) fn declare(round: &mut Round<'_>, spec: &TopicSpec) -> Result<bool> {
     match resolve(round, &spec.topic)? {
         None => create(round, &spec.topic, spec.partitions.get(), spec.retention).map(|_| true),
         Some((_, found)) if found == spec.partitions.get() => Ok(false),
-        Some((_, found)) => Err(Error::new(
-            ErrorKind::Conflict,
-            "the topic has another number of partitions: keys would move",
-        )
-        .with("topic", &spec.topic)
-        .with("declared", spec.partitions)
-        .with("found", found)),
+        Some((_, found)) => Err(refusals::other_partitions(&spec.topic, spec.partitions, found)),
     }
 }
 

@@ -6,6 +6,8 @@
 
 mod consumer;
 mod partitions;
+#[cfg(any(feature = "nats", feature = "rabbitmq"))]
+pub(in crate::transport) mod registers;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
