@@ -199,7 +199,7 @@ impl Client {
             .set("check.crcs", "true")
             .set("queued.max.messages.kbytes", "16384")
             .set("fetch.queue.backoff.ms", "10")
-            .set("fetch.wait.max.ms", "100")
+            .set("fetch.wait.max.ms", "250")
             .set("max.poll.interval.ms", session.as_millis().max(300_000).to_string());
         if self.options.consumer_protocol {
             config.set("group.protocol", "consumer");

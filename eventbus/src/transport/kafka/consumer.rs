@@ -257,6 +257,8 @@ impl Member {
             None => {}
         }
         let deliveries = hold.collect(max.get(), Instant::now());
+        drop(hold);
+        self.shared.room.notify_one();
         Ok((!deliveries.is_empty()).then_some(Polled::Deliveries(deliveries)))
     }
 
@@ -304,6 +306,7 @@ impl Member {
                     {
                         let gone: Vec<u32> = floors.iter().map(|floor| floor.partition).collect();
                         member.shared.hold.lock().lose(&gone);
+                        member.shared.wake.notify_one();
                         break;
                     }
                     Err(error) => return Err(from_kafka(error)),
@@ -338,9 +341,13 @@ impl Consumer for KafkaConsumer {
     }
 
     async fn settle(&self, outcomes: &[(Token, Settle)]) -> Result<Settled> {
-        let turn = self.member.saving.clone().lock_owned().await;
         self.member.open()?;
         let mut lost = self.member.shared.hold.lock().settle(outcomes, Instant::now());
+        // A retry may be due at once, and the window has room.
+        self.member.shared.wake.notify_one();
+        // Those who wait for their turn share a commit: the first takes what all of them settled.
+        let turn = self.member.saving.clone().lock_owned().await;
+        self.member.open()?;
         self.member.commit(turn).await?;
         let hold = self.member.shared.hold.lock();
         for (token, _) in outcomes {
@@ -350,8 +357,6 @@ impl Consumer for KafkaConsumer {
             }
         }
         drop(hold);
-        // A retry may be due at once, and the window has room.
-        self.member.shared.wake.notify_one();
         Ok(Settled { lost })
     }
 

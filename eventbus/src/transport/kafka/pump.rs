@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant as StdInstant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rdkafka::client::ClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _, ConsumerContext, RebalanceProtocol};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code};
@@ -25,8 +25,18 @@ use crate::name::Topic;
 /// What is read ahead at most; reading goes on at half of it.
 const MAX_AHEAD: usize = 4096;
 const MAX_BYTES_AHEAD: usize = 16 << 20;
-/// Longest wait for an event, and so for a partition to be given up.
+/// What is taken from the client before the consumer hears of it.
+const MAX_READ: usize = 64;
+/// How long reading waits for room before the client is told to pause. To pause drops what the client fetched, and to
+/// go on takes it a tenth of a second until events come again, at times a whole one: too dear for a queue that is full
+/// for a moment. Not longer, as the client fetches on meanwhile, and nothing is polled, so that a change in the group
+/// waits as long.
+const PAUSE_AFTER: Duration = Duration::from_millis(100);
+/// Longest wait for an event while something else is to be done soon: the member is not in yet, or partitions are to be
+/// given up when they are drained.
 const WAIT: Duration = Duration::from_millis(25);
+/// The same at rest, and so the longest time until a member that goes is gone.
+const WAIT_AT_REST: Duration = Duration::from_millis(100);
 /// When a look at a group's positions that failed is tried again.
 const PIN_AGAIN: Duration = Duration::from_millis(100);
 /// When a hole that could not be passed is looked at again.
@@ -39,6 +49,8 @@ pub(super) struct Shared {
     pub(super) topic: Topic,
     pub(super) hold: Mutex<Hold>,
     pub(super) wake: Notify,
+    /// Tells the pump that something was taken from the hold.
+    pub(super) room: Condvar,
     /// Partitions that should move, and when they are taken at the latest.
     leaving: Mutex<BTreeMap<u32, Instant>>,
     /// Whether the member goes: then nothing is drained.
@@ -60,6 +72,7 @@ impl Shared {
             topic,
             hold: Mutex::new(hold),
             wake: Notify::new(),
+            room: Condvar::new(),
             leaving: Mutex::default(),
             is_closing: AtomicBool::new(false),
             is_in: AtomicBool::new(false),
@@ -236,18 +249,14 @@ pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
     let (mut paused, mut hole) = (Paused::default(), None::<StdInstant>);
     let mut reported: Option<StdInstant> = None;
     while !shared.is_closing.load(Atomic::Acquire) {
-        match consumer.poll(WAIT) {
-            None => {}
-            Some(Ok(message)) => {
-                let stored = record::stored(&message);
-                shared.hold.lock().read(message.partition().unsigned_abs(), stored);
-                drop(message);
-                shared.wake.notify_one();
-            }
-            Some(Err(error)) => {
-                let has_hole = react(shared, error, &mut reported);
-                hole = hole.or(has_hole.then(StdInstant::now));
-            }
+        let has_room = paused.has_room(shared);
+        paused.keep(consumer, shared);
+        // Partitions that are told to pause bring nothing, and whether there is room is to be seen soon.
+        let is_at_rest =
+            !paused.is_on && shared.is_in.load(Atomic::Acquire) && shared.leaving.lock().is_empty();
+        let wait = if is_at_rest { WAIT_AT_REST } else { WAIT };
+        if has_room && read(consumer, shared, wait, &mut reported) {
+            hole = hole.or_else(|| Some(StdInstant::now()));
         }
         shared.begin(consumer);
         give_up_drained(consumer, shared);
@@ -255,7 +264,6 @@ pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
         if hole.is_some_and(|due| due <= StdInstant::now()) && shared.leaving.lock().is_empty() {
             hole = (!pass_holes(consumer, shared)).then(|| StdInstant::now() + HOLE_AGAIN);
         }
-        paused.keep(consumer, shared);
     }
     // What the client waits for would keep it from leaving.
     let leaving = std::mem::take(&mut *shared.leaving.lock());
@@ -265,23 +273,68 @@ pub(super) fn run(consumer: &Arc<BaseConsumer<Context>>, shared: &Arc<Shared>) {
     consumer.unsubscribe();
 }
 
+/// Waits for an event, and takes those that are there with it; the consumer is woken once for all of them. True if a
+/// partition has no position to be read from.
+fn read(
+    consumer: &BaseConsumer<Context>,
+    shared: &Shared,
+    mut wait: Duration,
+    reported: &mut Option<StdInstant>,
+) -> bool {
+    let mut n_read = 0;
+    let mut has_hole = false;
+    while n_read < MAX_READ {
+        match consumer.poll(std::mem::take(&mut wait)) {
+            None => break,
+            Some(Ok(message)) => {
+                let stored = record::stored(&message);
+                let mut hold = shared.hold.lock();
+                hold.read(message.partition().unsigned_abs(), stored);
+                n_read += 1;
+                if is_full(&hold) {
+                    break;
+                }
+            }
+            Some(Err(error)) => {
+                has_hole = react(shared, error, reported);
+                break;
+            }
+        }
+    }
+    if n_read > 0 {
+        shared.wake.notify_one();
+    }
+    has_hole
+}
+
 /// Whether reading pauses, and the partitions that were told so: the client keeps that for each, also while it is away.
 #[derive(Default)]
 struct Paused {
     is_on: bool,
+    /// Since when enough is read ahead; reading goes on when half of it is gone.
+    full: Option<StdInstant>,
     partitions: BTreeSet<i32>,
 }
 
 impl Paused {
-    /// Pauses when enough is read ahead, and goes on when half of it is gone; tells those that do not know.
-    fn keep(&mut self, consumer: &BaseConsumer<Context>, shared: &Shared) {
-        let (n_ahead, bytes_ahead) = {
-            let hold = shared.hold.lock();
-            (hold.n_ahead, hold.bytes_ahead)
+    /// Whether the client may be asked for more: it is told to pause, and so has none, or there is room. Waits a little
+    /// for that.
+    fn has_room(&mut self, shared: &Shared) -> bool {
+        let mut hold = shared.hold.lock();
+        if self.full.is_some() && !self.is_on && !is_half_empty(&hold) {
+            shared.room.wait_for(&mut hold, WAIT);
+        }
+        self.full = match self.full {
+            None => is_full(&hold).then(StdInstant::now),
+            Some(_) if is_half_empty(&hold) => None,
+            since => since,
         };
-        let is_full = n_ahead >= MAX_AHEAD || bytes_ahead >= MAX_BYTES_AHEAD;
-        let has_room = n_ahead < MAX_AHEAD / 2 && bytes_ahead < MAX_BYTES_AHEAD / 2;
-        let is_on = is_full || (self.is_on && !has_room);
+        self.is_on || self.full.is_none()
+    }
+
+    /// Pauses when there was no room for long, and goes on when there is; tells those that do not know.
+    fn keep(&mut self, consumer: &BaseConsumer<Context>, shared: &Shared) {
+        let is_on = self.full.is_some_and(|since| since.elapsed() >= PAUSE_AFTER);
         let is_changed = shared.is_changed.swap(false, Atomic::AcqRel);
         if is_on == self.is_on && !is_changed {
             return;
@@ -318,6 +371,14 @@ impl Paused {
         }
         Ok(())
     }
+}
+
+fn is_full(hold: &Hold) -> bool {
+    hold.n_ahead >= MAX_AHEAD || hold.bytes_ahead >= MAX_BYTES_AHEAD
+}
+
+fn is_half_empty(hold: &Hold) -> bool {
+    hold.n_ahead < MAX_AHEAD / 2 && hold.bytes_ahead < MAX_BYTES_AHEAD / 2
 }
 
 fn give_up<'a>(consumer: &BaseConsumer<Context>, shared: &Shared, leaving: impl Iterator<Item = &'a u32>) {
