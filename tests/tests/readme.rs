@@ -59,6 +59,7 @@ async fn the_table_of_transports_is_true() {
         ("kafka://…", real(Kind::Kafka)),
         ("nats://…", real(Kind::Nats)),
         ("postgres://…", real(Kind::Postgres)),
+        ("amqp://…", real(Kind::Rabbitmq)),
         ("redis://…", real(Kind::Redis)),
     ];
     let (shown, opened): (Vec<&str>, Vec<String>) = pages.into_iter().unzip();

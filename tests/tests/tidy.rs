@@ -66,6 +66,7 @@ const TRANSPORTS: &[&str] = &[
     "transport::memory",
     "transport::nats",
     "transport::postgres",
+    "transport::rabbitmq",
     "transport::redis",
     "transport::sqlite",
 ];

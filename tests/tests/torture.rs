@@ -38,7 +38,7 @@ macro_rules! holds {
     )*};
 }
 
-holds! { kafka nats postgres redis valkey }
+holds! { kafka nats postgres rabbitmq redis valkey }
 
 #[test]
 fn sqlite() {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.split_first().map(|(first, rest)| (first.as_str(), rest)) {
         Some(("test", rest)) => test(rest),
-        Some(("matrix", rest)) => match kinds(rest, &Kind::TESTED) {
+        Some(("matrix", rest)) => match kinds(rest, &Kind::ALL) {
             Ok(kinds) => matrix::run(&kinds),
             Err(problem) => Err(std::io::Error::other(problem)),
         },
@@ -100,7 +100,7 @@ fn of_brokers(arguments: &[String]) -> brokers::Result<()> {
             shown.for_each(|running| println!("export {}='{}'", running.kind.variable(), running.url));
         }
         "doctor" => {
-            for (kind, found) in brokers::doctor() {
+            for (kind, found) in brokers::doctor()? {
                 println!("{kind:<9} {}", found.unwrap_or_else(|problem| format!("MISSING: {problem}")));
             }
         }
@@ -127,7 +127,7 @@ fn test(arguments: &[String]) -> std::io::Result<bool> {
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
     // They end with this process. One that cannot be started fails the tests that need it, with the reason.
     let mut brokers = Vec::new();
-    for kind in Kind::TESTED {
+    for kind in Kind::ALL {
         if std::env::var_os(kind.variable()).is_some() {
             println!("{kind}: as {} says", kind.variable());
             continue;

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Error, Result};
 use std::process::Stdio;
 use std::time::Instant;
 
-use xtask::brokers::{Broker, Kind};
+use xtask::brokers::{Broker, Kind, Way};
 
 use super::Tally;
 
@@ -24,8 +24,9 @@ version of each by the tests.
 /// Runs the suite on all known versions of some brokers; the table is written when all were run.
 pub(crate) fn run(kinds: &[Kind]) -> Result<bool> {
     let (mut table, mut all_passed) = (HEAD.to_owned(), true);
+    let way = Way::chosen().map_err(Error::other)?;
     for kind in kinds {
-        for version in kind.versions() {
+        for version in kind.versions(way) {
             let row = match Broker::start(*kind, Some(version)) {
                 Ok(broker) => {
                     let started = Instant::now();
@@ -44,7 +45,7 @@ pub(crate) fn run(kinds: &[Kind]) -> Result<bool> {
             table.push_str(&row);
         }
     }
-    if kinds == Kind::TESTED {
+    if kinds == Kind::ALL && way == Way::Processes {
         std::fs::write(TABLE, table).map_err(|error| Error::other(format!("{TABLE}: {error}")))?;
     }
     Ok(all_passed)

@@ -83,6 +83,11 @@ fn postgres_takes_every_command() {
 }
 
 #[test]
+fn rabbitmq_takes_every_command() {
+    works_on(Kind::Rabbitmq);
+}
+
+#[test]
 fn redis_takes_every_command() {
     works_on(Kind::Redis);
 }

@@ -4,10 +4,12 @@
 //! started here.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod containers;
 mod fitness;
 mod interop;
 mod kafka_gap;
 mod nats_foreign;
+mod rabbitmq_foreign;
 mod round_trip;
 
 use eventbus::conformance::run_as_test;
@@ -19,6 +21,7 @@ const CHILD: &str = env!("CARGO_BIN_EXE_child");
 eventbus::conformance!(postgres, brokers::shared(Kind::Postgres, CHILD));
 eventbus::conformance!(kafka, brokers::shared(Kind::Kafka, CHILD));
 eventbus::conformance!(nats, brokers::shared(Kind::Nats, CHILD));
+eventbus::conformance!(rabbitmq, brokers::shared(Kind::Rabbitmq, CHILD));
 eventbus::conformance!(redis, brokers::shared(Kind::Redis, CHILD));
 eventbus::conformance!(valkey, brokers::shared(Kind::Valkey, CHILD));
 
@@ -54,6 +57,7 @@ disturbing! {
     kafka_own Kafka
     nats_own Nats
     postgres_own Postgres
+    rabbitmq_own Rabbitmq
     redis_own Redis
     valkey_own Valkey
 }

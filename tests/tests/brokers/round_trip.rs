@@ -126,8 +126,14 @@ async fn through(bus: &Bus, name: &str, events: &[Envelope]) -> Vec<Envelope> {
     }
     admin.delete_topic(&topic).await.unwrap();
     assert_eq!(found.len(), events.len(), "{name}");
-    let place = |receipt: &eventbus::Receipt| (receipt.partition, receipt.offset.unwrap());
-    receipts.iter().map(|receipt| found.remove(&place(receipt)).unwrap()).collect()
+    // Where confirms name no offset, it is the first of the partition that is left: a batch keeps its order.
+    let mut take = |receipt: &eventbus::Receipt| {
+        let first = (receipt.partition, Offset(0))..;
+        let place = receipt.offset.map(|offset| (receipt.partition, offset));
+        let place = place.or_else(|| found.range(first).next().map(|(place, _)| *place)).unwrap();
+        found.remove(&place).unwrap()
+    };
+    receipts.iter().map(&mut take).collect()
 }
 
 fn all_alike(way: &str, seed: u64, wanted: &[Envelope], found: &[Envelope]) {
@@ -164,7 +170,7 @@ async fn every_chain_of_two_transports_is_lossless() {
         ("memory", "memory://?replay=100000".to_owned()),
         ("sqlite", format!("sqlite://{}/bus.db", folder.path().display())),
     ];
-    addresses.extend(Kind::TESTED.iter().map(|kind| (kind.name(), url(*kind).unwrap())));
+    addresses.extend(Kind::ALL.iter().map(|kind| (kind.name(), url(*kind).unwrap())));
     let mut buses = Vec::new();
     for (name, address) in addresses {
         buses.push((name, eventbus::connect(&address).await.unwrap()));

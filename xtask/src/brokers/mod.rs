@@ -1,11 +1,16 @@
 //! Real brokers for tests and for developers' own machines.
 //!
-//! A broker is a native process with its data in a temporary folder, on a port that was free. [`Broker`] is one
-//! that ends with its value (and with this process, however that ends); [`up`] starts one that stays until
-//! [`down`]. What is not installed is fetched once, into a cache outside of the clone.
+//! A broker is a container of its official image, where a container engine answers, else a process of this machine
+//! with its data in a temporary folder ([`Way`]); its port was free. [`Broker`] is one that ends with its value (and
+//! with this process, however that ends); [`up`] starts one that stays until [`down`]. What a process needs and is not
+//! installed is fetched once, into a cache outside of the clone.
 
+mod broker;
+mod container;
 mod debian;
+mod engine;
 mod fetch;
+mod image;
 mod process;
 mod recipe;
 mod running;
@@ -13,8 +18,10 @@ mod running;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use self::process::Broker;
+pub use self::broker::Broker;
+pub use self::engine::Engine;
 pub use self::running::{down, running, up};
 
 /// An error as a person reads it.
@@ -40,10 +47,7 @@ pub enum Kind {
 impl Kind {
     /// Every broker.
     pub const ALL: [Self; 6] =
-        [Self::Postgres, Self::Redis, Self::Valkey, Self::Nats, Self::Kafka, Self::Rabbitmq];
-
-    /// Those that the tests need.
-    pub const TESTED: [Self; 5] = [Self::Kafka, Self::Nats, Self::Postgres, Self::Redis, Self::Valkey];
+        [Self::Kafka, Self::Nats, Self::Postgres, Self::Rabbitmq, Self::Redis, Self::Valkey];
 
     /// The name on the command line.
     pub fn name(self) -> &'static str {
@@ -57,9 +61,12 @@ impl Kind {
         }
     }
 
-    /// The versions that can be asked for, beside the one that is taken else.
-    pub fn versions(self) -> &'static [&'static str] {
-        recipe::versions(self)
+    /// The versions that the matrix runs: of a process all that can be asked for, of a container tags of its image.
+    pub fn versions(self, way: Way) -> &'static [&'static str] {
+        match way {
+            Way::Processes => recipe::versions(self),
+            Way::Containers => image::tags(self),
+        }
     }
 
     /// The variable that names one to use instead of starting one.
@@ -82,6 +89,53 @@ impl FromStr for Kind {
             let known: Vec<_> = Self::ALL.iter().map(|kind| kind.name()).collect();
             format!("there is no broker {name:?}; known are {}", known.join(", "))
         })
+    }
+}
+
+/// Whether containers could not be had before, by this process.
+static NO_IMAGES: AtomicBool = AtomicBool::new(false);
+
+/// The two ways a broker runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// As a container of its official image.
+    Containers,
+    /// As a process of this machine.
+    Processes,
+}
+
+impl Way {
+    /// The way that `EVENTBUS_BROKERS` names (`containers` or `processes`); without it, containers where an engine
+    /// answers.
+    ///
+    /// # Errors
+    /// The variable names neither.
+    pub fn chosen() -> Result<Self> {
+        match std::env::var("EVENTBUS_BROKERS").as_deref() {
+            Ok("containers") => Ok(Self::Containers),
+            Ok("processes") => Ok(Self::Processes),
+            Ok(other) => Err(format!("EVENTBUS_BROKERS is {other:?}; it knows containers and processes")),
+            Err(_) if !NO_IMAGES.load(Ordering::Relaxed) && container::engine_answers() => {
+                Ok(Self::Containers)
+            }
+            Err(_) => Ok(Self::Processes),
+        }
+    }
+
+    /// Runs the way that is chosen. Where nobody asked for containers and one cannot be had, as its image cannot be
+    /// fetched for one, it is processes from then on.
+    fn run<T>(container: impl FnOnce() -> Result<T>, process: impl FnOnce() -> Result<T>) -> Result<T> {
+        if Self::chosen()? == Self::Processes {
+            return process();
+        }
+        match container() {
+            Err(problem) if std::env::var_os("EVENTBUS_BROKERS").is_none() => {
+                eprintln!("{problem}");
+                NO_IMAGES.store(true, Ordering::Relaxed);
+                process()
+            }
+            run => run,
+        }
     }
 }
 
@@ -121,8 +175,16 @@ pub fn url(kind: Kind) -> Result<String> {
 }
 
 /// Tells for each broker how it would be started here, or what is missing.
-pub fn doctor() -> Vec<(Kind, Result<String>)> {
-    Kind::ALL.into_iter().map(|kind| (kind, recipe::find(kind, None))).collect()
+///
+/// # Errors
+/// As [`Way::chosen`].
+pub fn doctor() -> Result<Vec<(Kind, Result<String>)>> {
+    let way = Way::chosen()?;
+    let found = |kind| match way {
+        Way::Processes => recipe::find(kind, None),
+        Way::Containers => Ok(format!("a container of {}", image::of(kind, None, 0))),
+    };
+    Ok(Kind::ALL.into_iter().map(|kind| (kind, found(kind))).collect())
 }
 
 #[cfg(test)]
@@ -130,12 +192,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_compose_file_has_every_broker() {
+    fn the_compose_file_says_the_same() {
         let compose = include_str!("../../../compose.yaml");
         for kind in Kind::ALL {
-            assert!(compose.contains(&format!("\n  {kind}:\n")), "{kind} is no service of compose.yaml");
-            let address = format!("{}={}", kind.variable(), if kind == Kind::Valkey { "redis" } else { "" });
-            assert!(compose.contains(&address), "{kind} has no address in compose.yaml");
+            let from = compose.split_once(&format!("\n  {kind}:\n")).map(|(_, from)| from);
+            let from = from.unwrap_or_else(|| panic!("{kind} is no service of compose.yaml"));
+            let service: Vec<&str> = from.lines().take_while(|line| line.starts_with("    ")).collect();
+            let service = service.join("\n");
+            let image = image::of(kind, None, 9092);
+            assert!(service.contains(&format!("image: {image}")), "{kind}: not {image}");
+            let command = format!("command: {:?}", image.command);
+            assert!(image.command.is_empty() || service.contains(&command), "{kind}: not {command}");
+            for (name, value) in &image.environment {
+                let line = format!("{name}: {value}");
+                assert!(service.replace('"', "").contains(&line), "{kind}: not {line}");
+            }
+            let address = format!("export {}={}", kind.variable(), image.url(0));
+            let address = address.trim_end_matches(|c: char| c != ':');
+            assert!(compose.contains(address), "{kind}: no {address}");
         }
     }
 }

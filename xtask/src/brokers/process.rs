@@ -14,11 +14,11 @@ use super::recipe::{self, Launch};
 use super::{Kind, Result};
 
 /// How long a broker may take to start, or to end.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A broker that lives as long as this value, and no longer than this process.
+/// A process that lives as long as this value.
 #[derive(Debug)]
-pub struct Broker {
+pub(super) struct Native {
     kind: Kind,
     /// The version that was asked for.
     asked: Option<String>,
@@ -27,79 +27,50 @@ pub struct Broker {
     process: Option<Process>,
 }
 
-impl Broker {
-    /// Starts a broker of its own, and waits until it can be used.
-    ///
-    /// # Errors
-    /// What is missing on this machine, or the end of its log.
-    pub fn start(kind: Kind, version: Option<&str>) -> Result<Self> {
-        Self::start_behind(kind, version, None)
-    }
-
-    /// Starts one that names another port to its clients than its own: that of a proxy before it.
-    ///
-    /// # Errors
-    /// As [`start`](Self::start).
-    pub fn start_behind(kind: Kind, version: Option<&str>, advertised: Option<u16>) -> Result<Self> {
+impl Native {
+    pub(super) fn start(kind: Kind, version: Option<&str>, advertised: Option<u16>) -> Result<Self> {
         let (folder, launch) = prepare(kind, version, advertised)?;
-        let mut broker = Self { kind, asked: version.map(str::to_owned), launch, folder, process: None };
-        broker.spawn()?;
-        Ok(broker)
+        let mut native = Self { kind, asked: version.map(str::to_owned), launch, folder, process: None };
+        native.spawn()?;
+        Ok(native)
     }
 
-    /// Which broker it is.
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    /// Its address, as `eventbus::connect` takes it; the same after a restart.
-    pub fn url(&self) -> &str {
+    pub(super) fn url(&self) -> &str {
         &self.launch.url
     }
 
     /// What the program says that it is.
-    pub fn version(&self) -> String {
+    pub(super) fn version(&self) -> String {
         match self.asked.as_deref() {
             None => recipe::find(self.kind, None).unwrap_or_else(|problem| problem),
             Some(asked) => format!("{} {asked}", self.kind),
         }
     }
 
-    /// Its port.
-    pub fn port(&self) -> u16 {
+    pub(super) fn port(&self) -> u16 {
         self.launch.port
     }
 
-    /// Ends it as a crash does, and starts it again on the same data and port.
-    ///
-    /// # Errors
-    /// The end of its log.
-    pub fn restart(&mut self) -> Result<()> {
-        self.crash();
-        self.spawn()
-    }
-
-    /// Ends it as a crash does; [`restart`](Self::restart) brings it back.
-    pub fn crash(&mut self) {
+    /// Ends it without the end that a stop in order has.
+    pub(super) fn crash(&mut self) {
         if let Some(process) = self.process.take() {
             process.end(self.launch.crash);
         }
     }
 
-    /// Stops it in the middle of whatever it does, or lets it go on: connections stay open and nobody answers.
-    ///
-    /// # Errors
-    /// What the system says.
-    pub fn freeze(&self, on: bool) -> Result<()> {
+    /// Stops it in the middle of whatever it does, or lets it go on.
+    pub(super) fn freeze(&self, on: bool) -> Result<()> {
         match &self.process {
             Some(process) => process.signal(if on { "STOP" } else { "CONT" }),
             None => Ok(()),
         }
     }
 
-    fn spawn(&mut self) -> Result<()> {
+    /// Starts it on the data of its folder.
+    pub(super) fn spawn(&mut self) -> Result<()> {
         let child = spawn(&self.launch, &self.folder)?;
-        let watch = watch(child.id(), &self.launch.sweep)?;
+        let pid = child.id();
+        let watch = watch(&format!("kill -s KILL -- -{pid}; kill -s KILL {pid}; {}", self.launch.sweep))?;
         self.process = Some(Process { child, watch });
         wait_until_ready(&self.launch, &self.folder, || match &mut self.process {
             Some(process) => !matches!(process.child.try_wait(), Ok(None)),
@@ -108,7 +79,7 @@ impl Broker {
     }
 }
 
-impl Drop for Broker {
+impl Drop for Native {
     fn drop(&mut self) {
         self.crash();
         drop(fs::remove_dir_all(&self.folder));
@@ -197,11 +168,10 @@ pub(super) fn spawn(launch: &Launch, folder: &Path) -> Result<Child> {
     command.spawn().map_err(|error| format!("{}: {error}", launch.program.display()))
 }
 
-/// Waits for the end of its input, then ends the process and sweeps behind it.
-fn watch(pid: u32, sweep: &str) -> Result<Child> {
-    let script = format!("cat >/dev/null; kill -s KILL -- -{pid}; kill -s KILL {pid}; {sweep}");
+/// A shell that waits for the end of its input, then does its work.
+pub(super) fn watch(work: &str) -> Result<Child> {
     Command::new("sh")
-        .args(["-c", &script])
+        .args(["-c", &format!("cat >/dev/null; {work}")])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())

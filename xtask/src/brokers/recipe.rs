@@ -11,7 +11,7 @@ use super::fetch::{apt, file_below, maven, program, run, wheel};
 use super::{Kind, Result};
 
 /// The password of every broker that is started here, so that tests prove that credentials are used.
-const PASSWORD: &str = "eventbus";
+pub(super) const PASSWORD: &str = "eventbus";
 
 /// What it takes to start a prepared broker, as often as wanted.
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ pub(super) fn find(kind: Kind, version: Option<&str>) -> Result<String> {
 }
 
 const VALKEY: &str = "9.1.2.post2";
-const NATS: &str = "2.15.1";
+pub(super) const NATS: &str = "2.15.1";
 const KAFKA: &str = "4.3.1";
 
 /// The versions that can be asked for, beside the one that is taken else.

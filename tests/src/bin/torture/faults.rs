@@ -75,7 +75,7 @@ struct Target {
 
 impl Target {
     fn open(name: &str) -> Result<Self, String> {
-        let kind = Kind::TESTED.into_iter().find(|kind| kind.name() == name);
+        let kind = Kind::ALL.into_iter().find(|kind| kind.name() == name);
         let options = |url: &str| {
             let mark = if url.contains('?') { '&' } else { '?' };
             let create =

@@ -15,7 +15,8 @@ use self::bugs::Bug;
 use self::roles::Place;
 
 const USAGE: &str = "usage: cargo xtask torture KIND|URL [--seconds N] [--seed S] [--bug NAME]
-  KIND   a broker that is started for it, and is killed and cut off too: kafka, nats, postgres, redis, valkey
+  KIND   a broker that is started for it, and is killed and cut off too: kafka, nats, postgres, rabbitmq,
+         redis, valkey
   URL    an address, such as sqlite:///tmp/t.db: only the processes on it are tortured
   NAME   ack-early, past-a-hole, retry-to-tail, lost-confirm, parked-forgotten";
 

@@ -1,0 +1,134 @@
+//! RabbitMQ as others use it: wrong addresses, names that are taken, streams that vanish, queues bound beside ours.
+
+use eventbus::fitness::Verdict;
+use eventbus::{Envelope, ErrorKind, Topic, TopicSpec};
+use futures_util::StreamExt as _;
+use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Connection, ConnectionProperties};
+use xtask::brokers::{Kind, url};
+
+async fn channel() -> (Connection, Channel) {
+    let address = url(Kind::Rabbitmq).unwrap();
+    let connection = Connection::connect(&address, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    (connection, channel)
+}
+
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    arguments
+}
+
+const DURABLE: QueueDeclareOptions = QueueDeclareOptions {
+    durable: true,
+    passive: false,
+    exclusive: false,
+    auto_delete: false,
+    nowait: false,
+};
+
+fn named(what: &str) -> Topic {
+    Topic::new(format!("{what}.{:x}", fastrand::u64(..))).unwrap()
+}
+
+fn spec(topic: &Topic) -> TopicSpec {
+    TopicSpec::new(topic.clone()).with_partitions(2.try_into().unwrap())
+}
+
+#[tokio::test]
+async fn wrong_addresses_are_told_apart_and_show_no_secret() {
+    let right = url(Kind::Rabbitmq).unwrap();
+    let (_, place) = right.rsplit_once('@').unwrap();
+    let cases = [
+        (format!("amqp://eventbus:canary@{place}"), ErrorKind::Unauthorized),
+        (format!("{right}/canary-host"), ErrorKind::Config),
+        (format!("{right}?canary=1"), ErrorKind::Config),
+        (format!("{right}?session=1s"), ErrorKind::Config),
+        ("amqp://eventbus:canary@127.0.0.1:1?timeout=2s".to_owned(), ErrorKind::Unavailable),
+        (format!("amqps://eventbus:canary@{place}"), ErrorKind::Unsupported),
+    ];
+    for (address, kind) in cases {
+        let error = eventbus::connect(&address).await.unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        let is_secret = address.contains(":canary@");
+        assert!(!is_secret || !format!("{error} {error:?}").contains("canary"), "{error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_taken_is_a_conflict() {
+    let (_connection, foreign) = channel().await;
+    let topic = named("taken");
+    let name = ShortString::from(format!("{topic}-1"));
+    foreign.queue_declare(name.clone(), DURABLE, quorum()).await.unwrap();
+    let bus = eventbus::connect(&url(Kind::Rabbitmq).unwrap()).await.unwrap();
+    let admin = bus.transport().admin().unwrap();
+    let error = admin.declare(&spec(&topic)).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+    // It is no topic, and one when the name is free.
+    assert!(admin.topic(&topic).await.unwrap().is_none());
+    foreign.queue_delete(name, QueueDeleteOptions::default()).await.unwrap();
+    assert!(admin.declare(&spec(&topic)).await.unwrap());
+    bus.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_stream_takes_is_not_confirmed() {
+    let (_connection, foreign) = channel().await;
+    let topic = named("vanished");
+    let bus = eventbus::connect(&url(Kind::Rabbitmq).unwrap()).await.unwrap();
+    bus.transport().admin().unwrap().declare(&spec(&topic)).await.unwrap();
+    let publisher = bus.transport().publisher().await.unwrap();
+    let batch: Vec<_> =
+        (0..200).map(|n| Envelope::new("t", "/s").with_key(format!("k{n}")).with_payload("x")).collect();
+    let whole = publisher.enqueue(&topic, batch.clone()).await.unwrap().await.all().unwrap();
+    foreign.queue_delete(format!("{topic}-1").into(), QueueDeleteOptions::default()).await.unwrap();
+    let outcomes = publisher.enqueue(&topic, batch).await.unwrap().await;
+    // The broker acknowledges what it returns: exactly those of the partition that is gone are told as not stored.
+    for (before, outcome) in whole.iter().zip(outcomes.iter()) {
+        match outcome {
+            Ok(receipt) => assert_eq!((receipt.partition.0, before.partition.0), (0, 0)),
+            Err(error) => assert_eq!((error.kind(), before.partition.0), (ErrorKind::NotFound, 1), "{error}"),
+        }
+    }
+    bus.close().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_queue_can_be_bound_beside_the_streams() {
+    let (_connection, foreign) = channel().await;
+    let topic = named("bound");
+    let bus = eventbus::connect(&url(Kind::Rabbitmq).unwrap()).await.unwrap();
+    let admin = bus.transport().admin().unwrap();
+    admin.declare(&spec(&topic)).await.unwrap();
+    let name = ShortString::from(format!("foreign.{topic}"));
+    foreign.queue_declare(name.clone(), DURABLE, quorum()).await.unwrap();
+    for partition in ["0", "1"] {
+        let (exchange, options) = (ShortString::from(topic.as_str()), QueueBindOptions::default());
+        foreign
+            .queue_bind(name.clone(), exchange, partition.into(), options, FieldTable::default())
+            .await
+            .unwrap();
+    }
+    let sent = Envelope::new("shop.paid", "/shop").with_subject("o-7").with_payload("{}");
+    let publisher = bus.transport().publisher().await.unwrap();
+    publisher.enqueue(&topic, vec![sent.clone()]).await.unwrap().await.all().unwrap();
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+    let mut got =
+        foreign.basic_consume(name.clone(), "t".into(), options, FieldTable::default()).await.unwrap();
+    let message = got.next().await.unwrap().unwrap();
+    let headers = message.properties.headers().clone().unwrap();
+    let header = |name: &str| match headers.inner().get(name) {
+        Some(AMQPValue::LongString(text)) => text.to_string(),
+        other => panic!("{name}: {other:?}"),
+    };
+    assert_eq!((header("ce-type"), header("ce-subject")), ("shop.paid".into(), "o-7".into()));
+    assert_eq!(message.properties.message_id().clone().unwrap().as_str(), sent.id().to_string());
+    assert_eq!(message.data, b"{}");
+    foreign.queue_delete(name, QueueDeleteOptions::default()).await.unwrap();
+    let probes = admin.probes().await.unwrap();
+    assert!(probes.iter().any(|probe| probe.name.contains("alarm") && probe.verdict == Verdict::Good));
+    bus.close().await.unwrap();
+}
