@@ -1,6 +1,7 @@
 //! Paired runs: the raw thing and ours in one process, in the order A B B A, so that what the machine
 //! does to one it does to the other. The figure is the median of the pairs' ratios, with its range.
 
+mod brokers;
 mod times;
 
 use std::future::Future;
@@ -427,6 +428,7 @@ async fn main() -> Anyhow<()> {
         stalled().await?;
         println!();
     }
+    brokers::still::all().await?;
     let events: Vec<Envelope> = (0..200_000).map(event).collect();
     let n = events.len();
     println!("| path | bar | ratio to raw, median [min..max] | raw | ours | |\n|---|---|---|---|---|---|");
@@ -494,6 +496,7 @@ async fn main() -> Anyhow<()> {
         let name = format!("SQLite, 1 % of keys failing ({name}), rate of the others");
         pair(&name, 0.95, some.len(), || run(false), || run(true)).await?;
     }
+    brokers::all(&events).await?;
     if is_wanted("awaiting producers") {
         group_commit().await?;
     }

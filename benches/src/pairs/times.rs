@@ -187,7 +187,7 @@ pub(crate) async fn trickle(name: &str, bus: Bus) -> Anyhow<()> {
 }
 
 /// Memory of this process in use now.
-fn resident_bytes() -> u64 {
+pub(crate) fn resident_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
     text.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4_096
 }
