@@ -96,6 +96,32 @@ async fn what_no_stream_takes_is_not_confirmed() {
     bus.close().await.unwrap();
 }
 
+/// What is asked beside a look at a stream that is missing is on the same connection, and is answered.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_stream_fails_nobody_else() {
+    let (_connection, foreign) = channel().await;
+    let (damaged, whole) = (named("damaged"), named("whole"));
+    let bus = eventbus::connect(&url(Kind::Rabbitmq).unwrap()).await.unwrap();
+    let admin = bus.transport().admin().unwrap();
+    for topic in [&damaged, &whole] {
+        let spec = TopicSpec::new(topic.clone()).with_partitions(6.try_into().unwrap());
+        admin.declare(&spec).await.unwrap();
+    }
+    foreign.queue_delete(format!("{damaged}-3").into(), QueueDeleteOptions::default()).await.unwrap();
+    let looks = (0..100).map(|n| {
+        let topic = if n % 2 == 0 { &damaged } else { &whole };
+        async move { (n % 2 == 0, admin.topic(topic).await) }
+    });
+    for (is_damaged, looked) in futures_util::future::join_all(looks).await {
+        match looked {
+            Ok(info) => assert!(!is_damaged && info.is_some()),
+            Err(error) => assert!(is_damaged && error.kind() == ErrorKind::NotFound, "{error}"),
+        }
+    }
+    admin.delete_topic(&damaged).await.unwrap();
+    bus.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn any_queue_can_be_bound_beside_the_streams() {
     let (_connection, foreign) = channel().await;

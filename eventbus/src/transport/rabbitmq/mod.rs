@@ -40,11 +40,13 @@
 
 mod admin;
 mod fitness;
+mod map;
 mod message;
 mod names;
 mod publisher;
 mod reader;
 mod store;
+mod streams;
 mod table;
 mod topics;
 mod wire;

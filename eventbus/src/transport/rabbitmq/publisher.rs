@@ -16,7 +16,7 @@ use lapin::{Channel, Confirmation};
 use tokio::time::Instant;
 
 use super::store::Store;
-use super::table::{self, short};
+use super::streams::{self, short};
 use super::wire::failed;
 use super::{message, names};
 use crate::envelope::Envelope;
@@ -206,7 +206,7 @@ async fn confirm(
     }
     for ((exchange, number), why) in &mut returned {
         // It was deleted, or its node is just coming up.
-        let is_there = table::exists(&store.wires, &names::stream(exchange, number)).await;
+        let is_there = streams::exists(&store.wires, &names::stream(exchange, number)).await;
         *why = Some(match is_there {
             Ok(false) => Error::not_found("no stream takes the events of this partition"),
             _ => Error::new(ErrorKind::Unavailable, "the stream of this partition takes no events now"),

@@ -7,18 +7,16 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use futures_util::future::try_join_all;
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::Consumer;
 use lapin::message::Delivery;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions};
-use lapin::types::{AMQPValue, ShortString};
+use lapin::types::AMQPValue;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::store::Store;
-use super::table::{ack, at, exists, read_from, short};
-use super::wire::{Own, failed, reading};
+use super::streams::{Readers, at, exists};
+use super::wire::reading;
 use super::{message, names};
 use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
@@ -48,7 +46,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// A reader of a stream on a channel of its own.
 struct Attached {
-    channel: Own,
+    readers: Readers,
     messages: Consumer,
     prefetch: u16,
     n_unacked: u16,
@@ -73,7 +71,7 @@ impl Attached {
                 Err(_) => {
                     if let Some(last) = self.unacked.take() {
                         self.n_unacked = 0;
-                        ack(&self.channel, last)?;
+                        self.readers.ack(last)?;
                     }
                 }
             }
@@ -91,10 +89,10 @@ impl Attached {
     /// The next message of those that were there when this was asked; `None` behind the last.
     async fn rest(&mut self) -> Result<Option<(u64, Delivery)>> {
         if let Some(last) = self.unacked.take() {
-            ack(&self.channel, last)?;
+            self.readers.ack(last)?;
         }
         // What it answers comes behind what the reader was sent, also for the credit that it just got.
-        self.channel.basic_qos(1, BasicQosOptions::default()).await.map_err(failed)?;
+        self.readers.set_credit(1).await?;
         self.ready()
     }
 
@@ -104,7 +102,7 @@ impl Attached {
         self.unacked = Some(message.delivery_tag);
         if self.n_unacked * 2 >= self.prefetch {
             (self.n_unacked, self.unacked) = (0, None);
-            ack(&self.channel, message.delivery_tag)?;
+            self.readers.ack(message.delivery_tag)?;
         }
         let offset = message::offset(&message).ok_or_else(|| {
             Error::new(ErrorKind::Corrupt, "a message of a stream does not say where it stands")
@@ -120,12 +118,9 @@ fn gone(name: &str) -> Error {
 impl Store {
     async fn attach(&self, name: &str, from: AMQPValue, prefetch: u16) -> Result<Attached> {
         let attaching = async {
-            let channel = self.wires.read.own_channel().await?;
-            channel.basic_qos(prefetch, BasicQosOptions::default()).await.map_err(failed)?;
-            let (tag, options) = (ShortString::default(), BasicConsumeOptions::default());
-            let begun = channel.basic_consume(short(name)?, tag, options, read_from(from)).await;
-            let messages = begun.map_err(reading)?;
-            Ok(Attached { channel, messages, prefetch, n_unacked: 0, unacked: None })
+            let readers = Readers::open(&self.wires, prefetch).await?;
+            let messages = readers.begin(name, from).await?;
+            Ok(Attached { readers, messages, prefetch, n_unacked: 0, unacked: None })
         };
         self.wires.within(attaching).await
     }
@@ -152,21 +147,10 @@ impl Store {
     /// began, or the first of that.
     async fn look_at(&self, names: &[String], from: &'static str, is_first: bool) -> Result<Vec<u64>> {
         let looking = async {
-            let channel = self.wires.read.own_channel().await?;
-            let credit = if is_first { 1 } else { CHUNK };
-            channel.basic_qos(credit, BasicQosOptions::default()).await.map_err(failed)?;
-            let beginning = names.iter().enumerate().map(|(at, name)| {
-                let (channel, from) = (channel.clone(), AMQPValue::LongString(from.into()));
-                async move {
-                    let (name, tag) = (short(name)?, short(&at.to_string())?);
-                    let begun =
-                        channel.basic_consume(name, tag, BasicConsumeOptions::default(), read_from(from));
-                    begun.await.map_err(reading)
-                }
-            });
-            let mut readers = try_join_all(beginning).await?;
+            let readers = Readers::open(&self.wires, if is_first { 1 } else { CHUNK }).await?;
+            let mut begun = readers.begin_all(names, &AMQPValue::LongString(from.into())).await?;
             let mut found = Vec::with_capacity(names.len());
-            for (reader, name) in readers.iter_mut().zip(names) {
+            for (reader, name) in begun.iter_mut().zip(names) {
                 let Some(message) = reader.next().await else { return Err(self.ended(name).await) };
                 let message = message.map_err(reading)?;
                 found.push(message::offset(&message).ok_or_else(|| gone(name))?);
@@ -175,10 +159,10 @@ impl Store {
                 return Ok(found);
             }
             // What it answers comes behind the rest.
-            channel.basic_qos(1, BasicQosOptions::default()).await.map_err(failed)?;
-            for (reader, last) in readers.iter_mut().zip(&mut found) {
+            readers.set_credit(1).await?;
+            for (reader, last) in begun.iter_mut().zip(&mut found) {
                 while let Some(Some(message)) = reader.next().now_or_never() {
-                    *last = message::offset(&message.map_err(failed)?).unwrap_or(*last);
+                    *last = message::offset(&message.map_err(reading)?).unwrap_or(*last);
                 }
             }
             Ok(found)

@@ -9,16 +9,17 @@ use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
 use futures_util::stream::{self, BoxStream};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{BasicProperties, Confirmation};
+use lapin::{BasicProperties, Channel, Confirmation};
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::table::{self, Table, short};
+use super::streams::{self, short};
+use super::table::Table;
 use super::wire::{Wires, failed};
 use super::{Options, names, publisher};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,8 +74,8 @@ impl Store {
         let opening = async {
             wires.read.connection().await?;
             loop {
-                let creating = table::create(&wires, names::TOPICS);
-                match table::alone(&wires, names::TOPICS, creating).await {
+                let creating = streams::create(&wires, names::TOPICS);
+                match streams::alone(&wires, names::TOPICS, creating).await {
                     // A broker that just started lets clients in before it has its queues.
                     Err(error) if error.is_retryable() => tokio::time::sleep(AGAIN).await,
                     created => return created,
@@ -125,15 +126,14 @@ impl Store {
 
     /// Whether a member's connection is there: its queue takes a message, or the broker returns it.
     async fn lives(&self, member: u64) -> Result<bool> {
-        let looking = async {
-            let channel = self.wires.send.channel().await?;
+        let (queue, nowhere) = (short(&names::member(member))?, ShortString::default());
+        let looking = |channel: Channel| async move {
             channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(failed)?;
-            let (queue, nowhere) = (short(&names::member(member))?, ShortString::default());
             let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
             let sent = channel.basic_publish(nowhere, queue, options, b"", BasicProperties::default());
             sent.await.map_err(failed)?.await.map_err(failed)
         };
-        Ok(!matches!(self.wires.within(looking).await?, Confirmation::Ack(Some(_))))
+        Ok(!matches!(self.wires.send.ask(looking).await?, Confirmation::Ack(Some(_))))
     }
 
     /// Forgets the map of a topic's groups.
@@ -245,19 +245,15 @@ impl Registers for Store {
 
     /// A member lives while its connection does: a queue of that connection alone says so.
     async fn attend(&self, member: u64) -> Result<()> {
-        let (connection, number) = self.wires.read.connection().await?;
+        let (_, number) = self.wires.read.connection().await?;
         if self.attended.lock().get(&member) == Some(&number) {
             return Ok(());
         }
-        let attending = async {
-            let channel = connection.create_channel().await.map_err(failed)?;
-            let ours = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-            // It keeps nothing of what is published to see whether it is there.
-            let mut arguments = FieldTable::default();
-            arguments.insert("x-max-length".into(), AMQPValue::LongInt(0));
-            channel.queue_declare(short(&names::member(member))?, ours, arguments).await.map_err(failed)
-        };
-        match self.wires.within(attending).await {
+        let ours = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        // It keeps nothing of what is published to see whether it is there.
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-max-length".into(), AMQPValue::LongInt(0));
+        match streams::declare(&self.wires, short(&names::member(member))?, ours, arguments).await {
             Ok(_) => {
                 self.attended.lock().insert(member, number);
                 Ok(())
@@ -271,12 +267,7 @@ impl Registers for Store {
     async fn absent(&self, member: u64) {
         self.attended.lock().remove(&member);
         self.seen.lock().remove(&member);
-        let leaving = async {
-            let channel = self.wires.read.channel().await?;
-            let name = short(&names::member(member))?;
-            channel.queue_delete(name, QueueDeleteOptions::default()).await.map_err(failed)
-        };
-        if let Err(error) = self.wires.within(leaving).await {
+        if let Err(error) = streams::delete(&self.wires, &names::member(member)).await {
             tracing::debug!(%error, "what says that a member lives is left to the connection's end");
         }
     }

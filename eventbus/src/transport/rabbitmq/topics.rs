@@ -5,14 +5,14 @@ use std::time::Duration;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use lapin::options::{
     BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
-    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::{Confirmation, ExchangeKind};
+use lapin::{Channel, Confirmation, ExchangeKind};
 use serde::{Deserialize, Serialize};
 
 use super::store::{AT_ONCE, Store, decode, encode};
-use super::table::{self, short, stream_arguments};
+use super::streams::{self, short, stream_arguments};
 use super::wire::failed;
 use super::{message, names};
 use crate::admin::Retention;
@@ -106,7 +106,7 @@ impl Store {
             return Ok((found.partitions, false));
         }
         let _one_at_a_time = self.making.lock().await;
-        table::alone(&self.wires, key, self.make(topic, wanted)).await
+        streams::alone(&self.wires, key, self.make(topic, wanted)).await
     }
 
     /// Makes a topic, or what is left to do of one; nobody else makes or deletes it meanwhile.
@@ -145,7 +145,7 @@ impl Store {
     async fn verify(&self, topic: &Topic, partitions: u32) -> Result<()> {
         let looking = (0..partitions).map(|partition| async move {
             let name = names::stream(topic, partition);
-            if table::exists(&self.wires, &name).await? {
+            if streams::exists(&self.wires, &name).await? {
                 return Ok(());
             }
             Err(Error::new(
@@ -159,19 +159,17 @@ impl Store {
     }
 
     async fn create(&self, topic: &Topic, declared: TopicDoc, is_new: bool) -> Result<()> {
-        table::create(&self.wires, &names::groups(topic)).await?;
-        let creating = async {
-            let channel = self.wires.read.channel().await?;
+        streams::create(&self.wires, &names::groups(topic)).await?;
+        let exchange = short(topic.as_str())?;
+        let creating = |channel: Channel| async move {
             let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
             let mut arguments = FieldTable::default();
             arguments.insert("x-super-stream".into(), AMQPValue::Boolean(true));
-            let exchange = short(topic.as_str())?;
-            channel
-                .exchange_declare(exchange, ExchangeKind::Direct, durable, arguments)
-                .await
-                .map_err(|error| refused(failed(error)).with("exchange", topic))
+            let declaring = channel.exchange_declare(exchange, ExchangeKind::Direct, durable, arguments);
+            declaring.await.map_err(failed)
         };
-        self.wires.within(creating).await?;
+        let created = self.wires.read.ask(creating).await;
+        created.map_err(|error| refused(error).with("exchange", topic))?;
         let all = (0..declared.partitions)
             .map(|partition| self.create_partition(topic, partition, declared, is_new));
         stream::iter(all).buffer_unordered(AT_ONCE).try_collect::<()>().await
@@ -186,16 +184,15 @@ impl Store {
     ) -> Result<()> {
         let name = names::stream(topic, partition);
         // One that an earlier try left has its first message, or is empty: that shows after a while only.
-        if !is_new && table::exists(&self.wires, &name).await? && self.is_born(&name).await? {
+        if !is_new && streams::exists(&self.wires, &name).await? && self.is_born(&name).await? {
             return Ok(());
         }
         let mut bounds = vec![("x-stream-max-segment-size-bytes", AMQPValue::LongLongInt(SEGMENT_BYTES))];
         if let Some(seconds) = declared.max_age {
             bounds.push(("x-max-age", AMQPValue::LongString(format!("{seconds}s").into())));
         }
-        let creating = async {
-            let channel = self.wires.read.channel().await?;
-            let (queue, exchange) = (short(&name)?, short(topic.as_str())?);
+        let (queue, exchange) = (short(&name)?, short(topic.as_str())?);
+        let creating = |channel: Channel| async move {
             let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
             channel
                 .queue_declare(queue.clone(), durable, stream_arguments(&bounds))
@@ -218,7 +215,7 @@ impl Store {
                 }
             }
         };
-        self.wires.within(creating).await
+        self.wires.read.ask(creating).await
     }
 
     pub(super) async fn delete(&self, topic: &Topic) -> Result<()> {
@@ -233,33 +230,24 @@ impl Store {
             self.topics.remove(key, revision).await?.ok_or_else(changed_meanwhile)
         };
         let _one_at_a_time = self.making.lock().await;
-        table::alone(&self.wires, key, deleting).await
+        streams::alone(&self.wires, key, deleting).await
     }
 
     /// Deletes what a topic is made of.
     async fn raze(&self, topic: &Topic, partitions: u32) -> Result<()> {
         // Members hear that: their map ends.
-        self.delete_queue(&names::groups(topic)).await?;
-        let all = (0..partitions)
-            .map(|partition| async move { self.delete_queue(&names::stream(topic, partition)).await });
+        streams::delete(&self.wires, &names::groups(topic)).await?;
+        let all = (0..partitions).map(|partition| async move {
+            streams::delete(&self.wires, &names::stream(topic, partition)).await
+        });
         stream::iter(all).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
-        let deleting = async {
-            let channel = self.wires.read.channel().await?;
-            let exchange = short(topic.as_str())?;
+        let exchange = short(topic.as_str())?;
+        let deleting = |channel: Channel| async move {
             channel.exchange_delete(exchange, ExchangeDeleteOptions::default()).await.map_err(failed)
         };
-        self.wires.within(deleting).await?;
+        self.wires.read.ask(deleting).await?;
         self.forget_table(topic);
         Ok(())
-    }
-
-    /// Deletes a queue, if there is one.
-    async fn delete_queue(&self, name: &str) -> Result<()> {
-        let deleting = async {
-            let channel = self.wires.read.channel().await?;
-            channel.queue_delete(short(name)?, QueueDeleteOptions::default()).await.map_err(failed)
-        };
-        self.wires.within(deleting).await.map(drop)
     }
 }
 
