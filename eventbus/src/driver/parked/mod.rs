@@ -46,6 +46,8 @@ use crate::transport::Transport;
 const AT_ONCE: usize = 16;
 /// How often the log is read for what others appended: operators, and owners that replaced us.
 const READ_EVERY: Duration = Duration::from_millis(500);
+/// Where nothing is parked nobody has anything to say of it: it is read more and more seldom.
+const READ_AT_REST: Duration = Duration::from_secs(2);
 
 /// An event that finds no room asks again much sooner than this.
 const FULL_FOR: Duration = Duration::from_secs(1);
@@ -262,9 +264,12 @@ impl Parked {
 
     /// Reads what others append, and rewrites logs that have become long.
     pub(super) async fn keep(&self) {
+        let mut pause = READ_EVERY;
         loop {
-            tokio::time::sleep(READ_EVERY).await;
+            tokio::time::sleep(pause).await;
             let kept = self.read_on().await;
+            let is_at_rest = kept.is_ok() && self.counts() == (0, 0);
+            pause = if is_at_rest { READ_AT_REST.min(pause * 3 / 2) } else { READ_EVERY };
             self.fails.store(kept.is_err(), Atomic::Relaxed);
             if let Err(error) = kept {
                 tracing::warn!(%error, topic = %self.log.topic, "the parking log could not be read; trying again");
