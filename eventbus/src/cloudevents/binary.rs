@@ -26,6 +26,8 @@ pub(crate) struct Binding {
     pub(crate) has_key: bool,
     /// Whether an absent body differs from an empty one; otherwise it is marked.
     pub(crate) has_absent: bool,
+    /// Whether structured mode needs no media type: a body that is an event, without attributes beside it, is one.
+    pub(crate) has_bare_events: bool,
     /// Further names that a user's header must not have there.
     pub(crate) taken: &'static [&'static str],
 }
@@ -250,7 +252,7 @@ fn binary<'a>(
     })
 }
 
-/// An event in structured mode, if the media type says that it is one.
+/// An event in structured mode, if that is what it is.
 fn structured<'a>(
     binding: &Binding,
     pairs: impl Iterator<Item = (&'a str, &'a [u8])> + Clone,
@@ -261,10 +263,16 @@ fn structured<'a>(
         (name.eq_ignore_ascii_case(binding.content_type) || name.eq_ignore_ascii_case("content-type"))
             && value.get(..22).is_some_and(|media| media.eq_ignore_ascii_case(b"application/cloudevent"))
     };
-    if !pairs.clone().any(says) {
+    let is_said = pairs.clone().any(says);
+    if !is_said
+        && (!binding.has_bare_events || pairs.clone().any(|(name, _)| binding.attribute(name).is_some()))
+    {
         return None;
     }
     let read = super::from_json(body.unwrap_or_default()).map_err(|error| error.message().to_owned());
+    if !is_said && read.is_err() {
+        return None;
+    }
     let plain = |name: &str| {
         !name.eq_ignore_ascii_case(binding.content_type)
             && !name.eq_ignore_ascii_case("content-type")
@@ -290,6 +298,7 @@ mod tests {
         content_type: "content-type",
         has_key: true,
         has_absent: true,
+        has_bare_events: false,
         taken: &["data"],
     };
     const NARROW: Binding = Binding {
@@ -297,6 +306,7 @@ mod tests {
         content_type: "ce-datacontenttype",
         has_key: false,
         has_absent: false,
+        has_bare_events: true,
         taken: &[],
     };
 
@@ -363,6 +373,15 @@ mod tests {
             (&b"7"[..], Some("a"))
         );
         assert_eq!(event.key().unwrap().as_bytes(), b"k");
+        // Without a media type only where a binding has it so, and with no attribute beside it.
+        let bare = |binding: &Binding, name: &str| {
+            let pairs = [(name, &b"1"[..])].into_iter();
+            read(binding, pairs, None, Some(Bytes::from_static(structured))).envelope().is_some()
+        };
+        assert_eq!(
+            (bare(&NARROW, "tenant"), bare(&NARROW, "ce-id"), bare(&WIDE, "tenant")),
+            (true, false, false)
+        );
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(super) fn wheel(package: &str, version: &str) -> Result<PathBuf> {
 }
 
 /// Copies a Maven artifact with what it needs at run time; returns the folder of the archives.
-pub(super) fn maven(group: &str, artifact: &str, version: &str) -> Result<PathBuf> {
+pub(crate) fn maven(group: &str, artifact: &str, version: &str) -> Result<PathBuf> {
     let folder = cache()?.join(format!("{artifact}-{version}"));
     if folder.is_dir() {
         return Ok(folder);
@@ -90,6 +90,34 @@ pub(super) fn maven(group: &str, artifact: &str, version: &str) -> Result<PathBu
         .current_dir(&fresh))?;
     rename(&fresh, &folder)?;
     Ok(folder)
+}
+
+/// Installs Python packages with what they need; returns the folder to import them from.
+pub(crate) fn pip(packages: &[&str]) -> Result<PathBuf> {
+    let folder = cache()?.join(packages.join("+"));
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let fresh = cache()?.join(format!("{}.{}", packages.join("+"), std::process::id()));
+    run(Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore"])
+        .arg("--target")
+        .arg(&fresh)
+        .args(packages))?;
+    rename(&fresh, &folder)?;
+    Ok(folder)
+}
+
+/// Builds the Go program of a folder; returns its place.
+pub(crate) fn go(source: &Path, name: &str) -> Result<PathBuf> {
+    let place = cache()?.join("go").join(name);
+    let go = match program(&["go"], &["/usr/local/go/bin"]) {
+        Some(go) => go,
+        None => apt("golang-go").map(|()| PathBuf::from("go"))?,
+    };
+    // Every time: what did not change is not built again.
+    run(Command::new(go).args(["build", "-o"]).arg(&place).arg(".").current_dir(source))?;
+    Ok(place)
 }
 
 /// Moves what was fetched into place; another process may have been first, with the same.

@@ -9,7 +9,7 @@ mod broker;
 mod container;
 mod debian;
 mod engine;
-mod fetch;
+pub(crate) mod fetch;
 mod image;
 mod process;
 mod recipe;
@@ -137,17 +137,6 @@ impl Way {
             run => run,
         }
     }
-}
-
-/// The folder of a Java library and of what it needs at run time; fetched by name, once.
-///
-/// # Errors
-/// What the fetching program said.
-pub fn java_libraries(group: &str, artifact: &str, version: &str) -> Result<std::path::PathBuf> {
-    // Threads of one process would fetch into one folder.
-    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    fetch::maven(group, artifact, version)
 }
 
 /// The address of a broker for tests: from the environment, else of one that is up, else of one that is started

@@ -10,8 +10,14 @@ use crate::cloudevents::{Binding, read, write};
 use crate::envelope::Envelope;
 use crate::transport::kit::leased::Stored;
 
-const BINDING: Binding =
-    Binding { prefix: "ce_", content_type: "content-type", has_key: true, has_absent: true, taken: &[] };
+const BINDING: Binding = Binding {
+    prefix: "ce_",
+    content_type: "content-type",
+    has_key: true,
+    has_absent: true,
+    has_bare_events: false,
+    taken: &[],
+};
 
 /// The headers of an event's record.
 pub(super) fn headers(event: &Envelope) -> OwnedHeaders {

@@ -14,8 +14,15 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::transport::Content;
 
-const BINDING: Binding =
-    Binding { prefix: "ce-", content_type: "content-type", has_key: false, has_absent: false, taken: &[] };
+// Before 2.2 there were no headers: the binding knows structured mode without a media type.
+const BINDING: Binding = Binding {
+    prefix: "ce-",
+    content_type: "content-type",
+    has_key: false,
+    has_absent: false,
+    has_bare_events: true,
+    taken: &[],
+};
 
 /// The names of an event's own headers and extensions, in order.
 const ORDER: &str = "evt-order";

@@ -19,8 +19,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::transport::Content;
 use crate::transport::kit::leased::Stored;
 
-const BINDING: Binding =
-    Binding { prefix: "ce-", content_type: "content-type", has_key: false, has_absent: false, taken: &[] };
+const BINDING: Binding = Binding {
+    prefix: "ce-",
+    content_type: "content-type",
+    has_key: false,
+    has_absent: false,
+    has_bare_events: false,
+    taken: &[],
+};
 
 /// The names of an event's own headers and extensions, in order.
 const ORDER: &str = "evt-order";
@@ -163,6 +169,17 @@ fn bytes_of(value: &AMQPValue) -> Option<Vec<u8>> {
     })
 }
 
+/// What a header of this name says. Clients of AMQP 1.0 may write a time in its milliseconds.
+fn told(name: &str, value: &AMQPValue) -> Option<Vec<u8>> {
+    match value {
+        AMQPValue::LongLongInt(millis) if matches!(name, "cloudEvents_time" | "cloudEvents:time") => {
+            let since = Duration::from_millis(u64::try_from(*millis).ok()?);
+            Some(crate::time::to_rfc3339(UNIX_EPOCH.checked_add(since)?).into_bytes())
+        }
+        _ => bytes_of(value),
+    }
+}
+
 /// When a message says that it was published.
 fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
     let stamped = properties.headers().as_ref().and_then(|headers| headers.inner().get(TIME));
@@ -201,7 +218,7 @@ fn content(properties: &BasicProperties, payload: Bytes) -> Content {
             let name = name.as_str();
             let is_ours = matches!(name, ORDER | TIME | OFFSET) || name.starts_with(NTH) && !order.is_empty();
             if !is_ours && !own.contains(name) {
-                pairs.extend(bytes_of(value).map(|value| (name.to_owned(), value)));
+                pairs.extend(told(name, value).map(|value| (name.to_owned(), value)));
             }
         }
         for (at, name) in order.iter().enumerate() {

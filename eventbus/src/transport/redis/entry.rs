@@ -13,6 +13,7 @@ const BINDING: Binding = Binding {
     content_type: "content-type",
     has_key: true,
     has_absent: true,
+    has_bare_events: false,
     taken: &["data", "key"],
 };
 
