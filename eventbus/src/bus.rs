@@ -57,17 +57,21 @@ pub async fn connect(url: &str) -> Result<Bus> {
             Ok(Bus::new(crate::transport::memory::Memory::named(url.place(), options)?))
         }
         #[cfg(feature = "sqlite")]
-        "sqlite" => Ok(Bus::new(crate::transport::sqlite::Sqlite::open(&url).await?)),
+        "sqlite" => Ok(Bus::new(Box::pin(crate::transport::sqlite::Sqlite::open(&url)).await?)),
         #[cfg(feature = "postgres")]
-        "postgres" | "postgresql" => Ok(Bus::new(crate::transport::postgres::Postgres::open(&url).await?)),
+        "postgres" | "postgresql" => {
+            Ok(Bus::new(Box::pin(crate::transport::postgres::Postgres::open(&url)).await?))
+        }
         #[cfg(feature = "kafka")]
-        "kafka" => Ok(Bus::new(crate::transport::kafka::Kafka::open(&url).await?)),
+        "kafka" => Ok(Bus::new(Box::pin(crate::transport::kafka::Kafka::open(&url)).await?)),
         #[cfg(feature = "nats")]
-        "nats" => Ok(Bus::new(crate::transport::nats::Nats::open(&url).await?)),
+        "nats" => Ok(Bus::new(Box::pin(crate::transport::nats::Nats::open(&url)).await?)),
         #[cfg(feature = "rabbitmq")]
-        "amqp" | "amqps" => Ok(Bus::new(crate::transport::rabbitmq::RabbitMq::open(&url).await?)),
+        "amqp" | "amqps" => Ok(Bus::new(Box::pin(crate::transport::rabbitmq::RabbitMq::open(&url)).await?)),
         #[cfg(feature = "redis")]
-        "redis" | "rediss" | "valkey" => Ok(Bus::new(crate::transport::redis::Redis::open(&url).await?)),
+        "redis" | "rediss" | "valkey" => {
+            Ok(Bus::new(Box::pin(crate::transport::redis::Redis::open(&url)).await?))
+        }
         scheme => Err(unavailable(scheme)),
     }
 }

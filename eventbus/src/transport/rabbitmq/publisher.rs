@@ -65,7 +65,7 @@ async fn send(store: &Store, line: &mut Option<Channel>, batches: Vec<Queued>) {
         let handing = async {
             // Nothing was sent: it may be tried again.
             let channel = channel.as_ref().map_err(Error::duplicate)?;
-            let partitions = store.wires.within(store.partitions(&batch.topic)).await?;
+            let partitions = store.wires.within(Box::pin(store.partitions(&batch.topic))).await?;
             hand_over(channel, batch, number, partitions, outcomes, &mut sent);
             Ok::<_, Error>(())
         };

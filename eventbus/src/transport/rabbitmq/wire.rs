@@ -15,10 +15,15 @@ use lapin::types::ShortString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use lapin::{Channel, Connection, ConnectionBuilder, ConnectionProperties};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::Options;
 use crate::error::{Error, ErrorKind, Result};
 use crate::url::Url;
+
+/// How long it is believed that the broker cannot be reached: all readers and publishers of a service ask for a
+/// connection again and again while there is none.
+const PAUSE: Duration = Duration::from_millis(250);
 
 /// Where, as whom and how to connect.
 struct Target {
@@ -53,6 +58,8 @@ pub(super) struct Wire {
 #[derive(Default)]
 struct Current {
     connection: Option<Arc<Connection>>,
+    /// Why there is none, as was found out when.
+    failed: Option<(Instant, Error)>,
     number: u64,
     is_closed: bool,
 }
@@ -142,6 +149,9 @@ impl Wire {
         if let Some(connection) = current.connection.as_ref().filter(|known| known.status().connected()) {
             return Ok((connection.clone(), current.number));
         }
+        if let Some((_, known)) = current.failed.as_ref().filter(|(at, _)| at.elapsed() < PAUSE) {
+            return Err(known.duplicate());
+        }
         let mut outcome = Err(Error::config("amqp:// needs a host"));
         // Not everybody to the first of them.
         let first = fastrand::usize(..self.target.hosts.len().max(1));
@@ -156,6 +166,9 @@ impl Wire {
                 Err(_) => {}
                 Ok(_) => break,
             }
+        }
+        if let Err(error) = &outcome {
+            current.failed = Some((Instant::now(), error.duplicate()));
         }
         let connection = Arc::new(outcome?);
         current.number += 1;
@@ -193,10 +206,9 @@ impl Wire {
 
     /// A channel of its own, on a connection that lives.
     pub(super) async fn channel(&self) -> Result<Channel> {
-        within(self.target.timeout, async {
-            self.connection().await?.0.create_channel().await.map_err(failed)
-        })
-        .await
+        let opening = async { self.connection().await?.0.create_channel().await.map_err(failed) };
+        // In a box, as what the client does is large.
+        within(self.target.timeout, Box::pin(opening)).await
     }
 
     /// Asks something on a channel of its own, to the end also if nobody waits for that any more. A channel that is given
