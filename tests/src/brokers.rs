@@ -30,19 +30,25 @@ pub fn shared_with(kind: Kind, options: &str, child: &'static str) -> Subject {
     with_raw(subject(kind, url.clone(), child), kind, url)
 }
 
-/// A transport on a broker of its own, which can be restarted, behind a wire that can fail.
-pub fn own(kind: Kind, child: &'static str) -> Subject {
-    let started = Proxy::start().map_err(|error| error.to_string()).and_then(|proxy| {
-        let broker = Broker::start_behind(kind, None, Some(proxy.port()))?;
-        proxy.lead(broker.port());
-        Ok((broker, proxy))
-    });
-    let (broker, proxy) = match started {
-        Ok((broker, proxy)) => (broker, proxy),
-        Err(problem) => return subject(kind, Err(problem), child),
-    };
+/// A broker of its own behind a wire that can fail, and the address that leads there.
+///
+/// # Errors
+/// Why it could not be started.
+pub fn behind(kind: Kind) -> Result<(Broker, Proxy, String), String> {
+    let proxy = Proxy::start().map_err(|error| error.to_string())?;
+    let broker = Broker::start_behind(kind, None, Some(proxy.port()))?;
+    proxy.lead(broker.port());
     let port = |port: u16| format!("127.0.0.1:{port}");
     let url = broker.url().replace(&port(broker.port()), &port(proxy.port()));
+    Ok((broker, proxy, url))
+}
+
+/// A transport on a broker of its own, which can be restarted, behind a wire that can fail.
+pub fn own(kind: Kind, child: &'static str) -> Subject {
+    let (broker, proxy, url) = match behind(kind) {
+        Ok(started) => started,
+        Err(problem) => return subject(kind, Err(problem), child),
+    };
     let subject = subject(kind, Ok(address(kind, &url)), child);
     let (broker, proxy) = (Arc::new(Mutex::new(broker)), Arc::new(proxy));
     subject

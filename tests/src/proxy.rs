@@ -3,7 +3,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering as Atomic};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicUsize, Ordering as Atomic};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -34,6 +34,7 @@ struct State {
     wire: AtomicU8,
     target: AtomicU16,
     connections: Mutex<Vec<TcpStream>>,
+    n_accepted: AtomicUsize,
     /// Set when the proxy goes.
     over: std::sync::atomic::AtomicBool,
 }
@@ -63,6 +64,7 @@ impl Proxy {
             wire: AtomicU8::new(Wire::Whole as u8),
             target: AtomicU16::new(0),
             connections: Mutex::default(),
+            n_accepted: AtomicUsize::new(0),
             over: false.into(),
         });
         let accepting = state.clone();
@@ -71,6 +73,7 @@ impl Proxy {
                 if accepting.over.load(Atomic::SeqCst) {
                     return;
                 }
+                accepting.n_accepted.fetch_add(1, Atomic::Relaxed);
                 if let Ok(client) = client {
                     // A connection that fails is the subject of tests, not their failure.
                     drop(forward(&accepting, client));
@@ -96,6 +99,11 @@ impl Proxy {
         if wire == Wire::Cut {
             self.state.close_all();
         }
+    }
+
+    /// How many connections were made to it so far, also those that were closed at once.
+    pub fn n_accepted(&self) -> usize {
+        self.state.n_accepted.load(Atomic::Relaxed)
     }
 
     /// Closes what is open; new connections fare as the wire says.

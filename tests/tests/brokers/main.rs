@@ -4,6 +4,8 @@
 //! started here.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
+mod addresses;
+mod away;
 mod containers;
 mod fitness;
 mod interop;
