@@ -46,7 +46,7 @@ use crate::transport::Transport;
 const AT_ONCE: usize = 16;
 /// How often the log is read for what others appended: operators, and owners that replaced us.
 const READ_EVERY: Duration = Duration::from_millis(500);
-/// Where nothing is parked nobody has anything to say of it: it is read more and more seldom.
+/// Where nothing is parked, operators have nothing to say; an owner that replaced us is heard of later.
 const READ_AT_REST: Duration = Duration::from_secs(2);
 
 /// An event that finds no room asks again much sooner than this.
@@ -56,6 +56,8 @@ const FULL_FOR: Duration = Duration::from_secs(1);
 pub(super) struct Parked {
     log: Arc<Log>,
     places: Mutex<HashMap<PartitionId, Arc<Place>>>,
+    /// Rung when an event is to be parked.
+    parks: Notify,
     /// Rung when a head may have become due, or room may have become free.
     changed: Notify,
     pub(super) parking: Parking,
@@ -108,6 +110,7 @@ impl Parked {
         Ok(Self {
             log: Arc::new(log),
             places: Mutex::default(),
+            parks: Notify::new(),
             changed: Notify::new(),
             parking,
             window,
@@ -256,6 +259,7 @@ impl Parked {
             (0, n_keys) => n_keys < self.parking.max_keys.get(),
             (n_events, _) => n_events < self.parking.max_per_key.get(),
         };
+        self.parks.notify_one();
         if !room {
             *self.refused_at.lock() = Some(Instant::now());
         }
@@ -266,7 +270,12 @@ impl Parked {
     pub(super) async fn keep(&self) {
         let mut pause = READ_EVERY;
         loop {
-            tokio::time::sleep(pause).await;
+            if pause > READ_EVERY && tokio::time::timeout(pause, self.parks.notified()).await.is_ok() {
+                pause = READ_EVERY;
+            }
+            if pause == READ_EVERY {
+                tokio::time::sleep(pause).await;
+            }
             let kept = self.read_on().await;
             let is_at_rest = kept.is_ok() && self.counts() == (0, 0);
             pause = if is_at_rest { READ_AT_REST.min(pause * 3 / 2) } else { READ_EVERY };
