@@ -26,7 +26,8 @@ pub(crate) struct Binding {
     pub(crate) has_key: bool,
     /// Whether an absent body differs from an empty one; otherwise it is marked.
     pub(crate) has_absent: bool,
-    /// Whether structured mode needs no media type: a body that is an event, without attributes beside it, is one.
+    /// Whether structured mode needs no media type: a body that is an event, with neither
+    /// attributes nor a media type beside it, is one.
     pub(crate) has_bare_events: bool,
     /// Further names that a user's header must not have there.
     pub(crate) taken: &'static [&'static str],
@@ -263,10 +264,13 @@ fn structured<'a>(
         (name.eq_ignore_ascii_case(binding.content_type) || name.eq_ignore_ascii_case("content-type"))
             && value.get(..22).is_some_and(|media| media.eq_ignore_ascii_case(b"application/cloudevent"))
     };
+    let is_beside = |(name, _): (&str, &[u8])| {
+        binding.attribute(name).is_some()
+            || name.eq_ignore_ascii_case(binding.content_type)
+            || name.eq_ignore_ascii_case("content-type")
+    };
     let is_said = pairs.clone().any(says);
-    if !is_said
-        && (!binding.has_bare_events || pairs.clone().any(|(name, _)| binding.attribute(name).is_some()))
-    {
+    if !is_said && (!binding.has_bare_events || pairs.clone().any(is_beside)) {
         return None;
     }
     let read = super::from_json(body.unwrap_or_default()).map_err(|error| error.message().to_owned());
@@ -379,9 +383,11 @@ mod tests {
             read(binding, pairs, None, Some(Bytes::from_static(structured))).envelope().is_some()
         };
         assert_eq!(
-            (bare(&NARROW, "tenant"), bare(&NARROW, "ce-id"), bare(&WIDE, "tenant")),
-            (true, false, false)
+            ["tenant", "ce-id", "Content-Type"].map(|name| bare(&NARROW, name)),
+            [true, false, false],
+            "what is said otherwise holds"
         );
+        assert!(!bare(&WIDE, "tenant"));
     }
 
     #[test]

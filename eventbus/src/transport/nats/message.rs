@@ -14,7 +14,7 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::transport::Content;
 
-// Before 2.2 there were no headers: the binding knows structured mode without a media type.
+// The binding for servers before 2.2, which knew no headers, and the SDK for Go write structured mode without a media type.
 const BINDING: Binding = Binding {
     prefix: "ce-",
     content_type: "content-type",

@@ -170,14 +170,17 @@ fn bytes_of(value: &AMQPValue) -> Option<Vec<u8>> {
 }
 
 /// What a header of this name says. Clients of AMQP 1.0 may write a time in its milliseconds.
-fn told(name: &str, value: &AMQPValue) -> Option<Vec<u8>> {
-    match value {
-        AMQPValue::LongLongInt(millis) if matches!(name, "cloudEvents_time" | "cloudEvents:time") => {
-            let since = Duration::from_millis(u64::try_from(*millis).ok()?);
-            Some(crate::time::to_rfc3339(UNIX_EPOCH.checked_add(since)?).into_bytes())
-        }
-        _ => bytes_of(value),
-    }
+fn header_value(name: &str, value: &AMQPValue) -> Option<Vec<u8>> {
+    let is_time = |name: &str| {
+        ["cloudEvents_time", "cloudEvents:time"].iter().any(|known| known.eq_ignore_ascii_case(name))
+    };
+    let time = match value {
+        AMQPValue::LongLongInt(millis) if is_time(name) => u64::try_from(*millis)
+            .ok()
+            .and_then(|millis| UNIX_EPOCH.checked_add(Duration::from_millis(millis))),
+        _ => None,
+    };
+    time.map(|time| crate::time::to_rfc3339(time).into_bytes()).or_else(|| bytes_of(value))
 }
 
 /// When a message says that it was published.
@@ -218,7 +221,7 @@ fn content(properties: &BasicProperties, payload: Bytes) -> Content {
             let name = name.as_str();
             let is_ours = matches!(name, ORDER | TIME | OFFSET) || name.starts_with(NTH) && !order.is_empty();
             if !is_ours && !own.contains(name) {
-                pairs.extend(told(name, value).map(|value| (name.to_owned(), value)));
+                pairs.extend(header_value(name, value).map(|value| (name.to_owned(), value)));
             }
         }
         for (at, name) in order.iter().enumerate() {
@@ -272,6 +275,15 @@ mod tests {
         }
         let large = Envelope::new("t", "/s").with_subject("s".repeat(100 << 10));
         assert_eq!(properties(&large, SystemTime::now()).unwrap_err().kind(), ErrorKind::TooLarge);
+    }
+
+    #[test]
+    fn times_of_amqp_1_0_are_milliseconds() {
+        let time = |value| header_value("cloudevents_Time", &AMQPValue::LongLongInt(value)).unwrap();
+        assert_eq!(time(1_767_323_045_678), b"2026-01-02T03:04:05.678Z");
+        // One that we cannot say is told as it came.
+        assert_eq!(time(-1), b"-1");
+        assert_eq!(header_value("tenant", &AMQPValue::LongLongInt(7)).unwrap(), b"7");
     }
 
     #[test]

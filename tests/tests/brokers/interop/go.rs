@@ -50,6 +50,7 @@ async fn what_we_write_the_go_sdk_reads() {
         let (media, body) = ("application/json", format!("{{\"n\":{n}}}"));
         let rest = ["/ours", "ours.tried", &subject, TIME, "urn:schema:1", media, &own, &key, &body];
         assert_eq!(line[1..], rest, "event {n}");
+        assert_eq!(line[0], format!("id%20{n}"));
     }
     bus.transport().admin().unwrap().delete_topic(&topic).await.unwrap();
     bus.close().await.unwrap();

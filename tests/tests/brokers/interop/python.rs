@@ -48,10 +48,8 @@ async fn what_we_write_the_python_sdk_reads() {
     let connection = Connection::connect(&address, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
     let queue = format!("{topic}.python");
-    channel
-        .queue_declare(queue.as_str().into(), QueueDeclareOptions::default(), FieldTable::default())
-        .await
-        .unwrap();
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.as_str().into(), durable, FieldTable::default()).await.unwrap();
     let (exchange, options) = (topic.as_str().into(), QueueBindOptions::default());
     channel
         .queue_bind(queue.as_str().into(), exchange, "0".into(), options, FieldTable::default())
