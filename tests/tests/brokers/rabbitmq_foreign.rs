@@ -118,7 +118,37 @@ async fn a_missing_stream_fails_nobody_else() {
             Err(error) => assert!(is_damaged && error.kind() == ErrorKind::NotFound, "{error}"),
         }
     }
-    admin.delete_topic(&damaged).await.unwrap();
+    for topic in [&damaged, &whole] {
+        admin.delete_topic(topic).await.unwrap();
+    }
+    bus.close().await.unwrap();
+}
+
+/// More refusals than a connection has channels: none of them is heard again by whoever has the next channel of its number.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_refusals_are_told_to_nobody_else() {
+    let (_connection, foreign) = channel().await;
+    let (damaged, whole) = (named("refused"), named("again"));
+    let bus = eventbus::connect(&url(Kind::Rabbitmq).unwrap()).await.unwrap();
+    let admin = bus.transport().admin().unwrap();
+    for topic in [&damaged, &whole] {
+        admin.declare(&spec(topic)).await.unwrap();
+    }
+    foreign.queue_delete(format!("{damaged}-1").into(), QueueDeleteOptions::default()).await.unwrap();
+    let looks = futures_util::stream::iter((0..2_600).map(|n| {
+        let topic = if n % 2 == 0 { &damaged } else { &whole };
+        async move { (n % 2 == 0, admin.declare(&spec(topic)).await) }
+    }));
+    let mut looks = looks.buffer_unordered(16);
+    while let Some((is_damaged, declared)) = looks.next().await {
+        match declared {
+            Ok(is_new) => assert!(!is_damaged && !is_new),
+            Err(error) => assert!(is_damaged && error.kind() == ErrorKind::Conflict, "{error}"),
+        }
+    }
+    for topic in [&damaged, &whole] {
+        admin.delete_topic(topic).await.unwrap();
+    }
     bus.close().await.unwrap();
 }
 

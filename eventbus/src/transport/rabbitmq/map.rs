@@ -61,9 +61,9 @@ pub(super) struct Whole {
 /// What came of a message.
 pub(super) enum Read {
     /// It was read before.
-    Again,
+    Known,
     /// Reading must begin at the first message that is left: the map cannot be known from here.
-    Anew,
+    Restart,
     /// The new revision, `None` if the change was made from another than there is. Nothing while the map is not known
     /// and may still be.
     Taken(Option<Result<Option<u64>>>),
@@ -133,17 +133,17 @@ impl Map {
     }
 
     /// Takes in a message, in the order of the stream; `None` = one that is not ours.
-    pub(super) fn read(&mut self, offset: u64, n_bytes: usize, change: Option<Change>) -> Read {
+    pub(super) fn take_in(&mut self, offset: u64, n_bytes: usize, change: Option<Change>) -> Read {
         match self.next {
             None => {
                 self.unknown =
                     (offset > 0).then(|| Unknown { from: offset, before: Vec::new(), until: None });
             }
-            Some(next) if offset < next => return Read::Again,
+            Some(next) if offset < next => return Read::Known,
             // More was removed than we had read. What is left holds a whole map.
             Some(next) if offset > next + GAP => {
                 self.begin_anew();
-                return Read::Anew;
+                return Read::Restart;
             }
             Some(_) => {}
         }
@@ -155,7 +155,7 @@ impl Map {
         };
         if self.unknown.as_ref().is_some_and(|unknown| unknown.until.is_some_and(|until| until <= offset)) {
             self.begin_anew();
-            return Read::Anew;
+            return Read::Restart;
         }
         Read::Taken(outcome)
     }

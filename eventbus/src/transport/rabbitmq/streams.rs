@@ -58,18 +58,18 @@ impl Readers {
         to_its_end(async move { line.begin(stream, from).await }).await
     }
 
-    /// Begins to read some streams. That all are there is seen to in the same line before: when a channel ends because one
-    /// is missing, the broker goes on to send what readers of others are due, and the client gives up the whole connection
-    /// over that (seen with RabbitMQ 3.10.8).
+    /// Begins to read some streams, when all are there: when a channel ends because one is missing, the broker goes on to
+    /// send what readers of others are due, and the client gives up the whole connection over that (seen with RabbitMQ
+    /// 3.10.8). That can still happen for one that is deleted in this moment.
     pub(super) async fn begin_all(&self, streams: &[String], from: &AMQPValue) -> Result<Vec<Consumer>> {
         let (line, from) = (self.0.clone(), from.clone());
         let streams = streams.iter().map(|stream| short(stream)).collect::<Result<Vec<_>>>()?;
         to_its_end(async move {
-            let look = QueueDeclareOptions { passive: true, nowait: true, ..QueueDeclareOptions::default() };
-            for stream in &streams {
-                let looking = line.channel.queue_declare(stream.clone(), look, FieldTable::default());
-                looking.await.map_err(reading)?;
-            }
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            let looking = streams
+                .iter()
+                .map(|stream| line.channel.queue_declare(stream.clone(), passive, FieldTable::default()));
+            join_all(looking).await.into_iter().collect::<lapin::Result<Vec<_>>>().map_err(reading)?;
             let beginning = streams.into_iter().map(|stream| line.begin(stream, from.clone()));
             join_all(beginning).await.into_iter().collect()
         })
@@ -127,7 +127,7 @@ pub(super) fn short(name: &str) -> Result<ShortString> {
 pub(super) async fn exists(wires: &Wires, name: &str) -> Result<bool> {
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     match declare(wires, short(name)?, passive, FieldTable::default()).await {
-        Ok(_) => Ok(true),
+        Ok(()) => Ok(true),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
         // It is there, and is another connection's.
         Err(error) if error.kind() == ErrorKind::Conflict => Ok(true),
@@ -135,18 +135,17 @@ pub(super) async fn exists(wires: &Wires, name: &str) -> Result<bool> {
     }
 }
 
-/// Declares a queue; returns the channel on which that was done.
+/// Declares a queue.
 pub(super) async fn declare(
     wires: &Wires,
     name: ShortString,
     options: QueueDeclareOptions,
     arguments: FieldTable,
-) -> Result<Channel> {
+) -> Result<()> {
     let declaring = |channel: Channel| async move {
-        channel.queue_declare(name, options, arguments).await.map_err(failed)?;
-        Ok(channel)
+        channel.queue_declare(name, options, arguments).await.map_err(failed)
     };
-    wires.read.ask(declaring).await
+    wires.read.ask(declaring).await.map(drop)
 }
 
 /// Deletes a queue, if there is one.
@@ -163,18 +162,22 @@ pub(super) async fn delete(wires: &Wires, name: &str) -> Result<()> {
 pub(super) async fn alone<T>(wires: &Wires, what: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
     let name = short(&names::lock(what))?;
     let deadline = Instant::now() + wires.timeout + LONGEST;
-    let channel = loop {
+    let lock = loop {
         let ours = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-        match declare(wires, name.clone(), ours, FieldTable::default()).await {
-            Ok(channel) => break channel,
+        let name = name.clone();
+        // The lock is made where it is taken: whoever gives up waiting for it gives it back.
+        let locking = |channel: Channel| async move {
+            channel.queue_declare(name.clone(), ours, FieldTable::default()).await.map_err(failed)?;
+            Ok(Lock { channel, name })
+        };
+        match wires.read.ask(locking).await {
+            Ok(lock) => break lock,
             Err(error) if error.kind() == ErrorKind::Conflict && Instant::now() < deadline => {
                 tokio::time::sleep(AGAIN).await;
             }
             Err(error) => return Err(error),
         }
     };
-    // Also if the work is given up: the lock would stand as long as the connection.
-    let lock = Lock { channel, name };
     let outcome = work.await;
     drop(lock);
     outcome
@@ -204,6 +207,6 @@ pub(super) async fn create(wires: &Wires, name: &str) -> Result<()> {
     match declare(wires, short(name)?, durable, arguments).await {
         // With other bounds: those of whoever made it.
         Err(error) if error.kind() == ErrorKind::Conflict => Ok(()),
-        declared => declared.map(drop),
+        declared => declared,
     }
 }

@@ -300,11 +300,11 @@ impl Shared {
         let size = message.data.len() + 128;
         let change = read_change(message);
         let mut state = self.state.lock();
-        let outcome = match state.map.read(offset, size, change) {
+        let outcome = match state.map.take_in(offset, size, change) {
             Read::Taken(outcome) => outcome,
-            Read::Again => return true,
+            Read::Known => return true,
             // Whoever waits is answered when its message is read again.
-            Read::Anew => return false,
+            Read::Restart => return false,
         };
         let is_ours = mark.as_str().starts_with(&self.mark);
         let told = if is_ours { state.waiting.remove(mark.as_str()) } else { None };

@@ -192,30 +192,30 @@ impl Store {
             bounds.push(("x-max-age", AMQPValue::LongString(format!("{seconds}s").into())));
         }
         let (queue, exchange) = (short(&name)?, short(topic.as_str())?);
-        let creating = |channel: Channel| async move {
-            let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-            channel
-                .queue_declare(queue.clone(), durable, stream_arguments(&bounds))
-                .await
-                .map_err(|error| refused(failed(error)).with("queue", &name))?;
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        // One by one: what is given up half-way goes no further than what is on its way.
+        streams::declare(&self.wires, queue.clone(), durable, stream_arguments(&bounds))
+            .await
+            .map_err(|error| refused(error).with("queue", &name))?;
+        let (bound, number) = (queue.clone(), short(&partition.to_string())?);
+        let binding = |channel: Channel| async move {
             let mut order = FieldTable::default();
             order.insert("x-stream-partition-order".into(), AMQPValue::LongUInt(partition));
-            let number = short(&partition.to_string())?;
-            channel
-                .queue_bind(queue.clone(), exchange, number, QueueBindOptions::default(), order)
-                .await
-                .map_err(failed)?;
+            let options = QueueBindOptions::default();
+            channel.queue_bind(bound, exchange, number, options, order).await.map_err(failed)
+        };
+        self.wires.read.ask(binding).await?;
+        let bearing = async {
+            let channel = self.wires.read.channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(failed)?;
             let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
             let born = channel.basic_publish(ShortString::default(), queue, options, b"", message::birth());
-            match born.await.map_err(failed)?.await.map_err(failed)? {
-                Confirmation::Ack(None) => Ok(()),
-                _ => {
-                    Err(Error::new(ErrorKind::Unavailable, "the stream took no message").with("queue", &name))
-                }
-            }
+            born.await.map_err(failed)?.await.map_err(failed)
         };
-        self.wires.read.ask(creating).await
+        match self.wires.within(bearing).await? {
+            Confirmation::Ack(None) => Ok(()),
+            _ => Err(Error::new(ErrorKind::Unavailable, "the stream took no message").with("queue", &name)),
+        }
     }
 
     pub(super) async fn delete(&self, topic: &Topic) -> Result<()> {

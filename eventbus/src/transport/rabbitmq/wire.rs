@@ -125,12 +125,25 @@ fn read_ca(file: &PathBuf) -> Result<String> {
     })
 }
 
+/// Whether a channel could not be opened because of what ended another. The client numbers channels from the first again
+/// when it has had all numbers, and answers whoever opens one with why the broker closed the last channel of that number
+/// (lapin 4.12.3). The number is spent then, and the next may be good.
+fn is_of_another(error: &lapin::Error) -> bool {
+    match error.kind() {
+        lapin::ErrorKind::ProtocolError(told) => matches!(told.kind(), AMQPErrorKind::Soft(_)),
+        lapin::ErrorKind::InvalidChannelState(..) => true,
+        _ => false,
+    }
+}
+
 /// Goes on with work also if nobody waits for it any more.
 pub(super) async fn to_its_end<T>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T>
 where
     T: Send + 'static,
 {
-    let interrupted = |error| Error::new(ErrorKind::Unavailable, "the runtime ends").caused_by(error);
+    let interrupted = |error| {
+        Error::new(ErrorKind::Unexpected, "what the broker was asked was interrupted").caused_by(error)
+    };
     tokio::spawn(work).await.map_err(interrupted)?
 }
 
@@ -206,12 +219,33 @@ impl Wire {
 
     /// A channel of its own, on a connection that lives.
     pub(super) async fn channel(&self) -> Result<Channel> {
-        let opening = async { self.connection().await?.0.create_channel().await.map_err(failed) };
+        let opening = async {
+            loop {
+                let (connection, number) = self.connection().await?;
+                let error = match connection.create_channel().await {
+                    Ok(channel) => return Ok(channel),
+                    Err(error) => error,
+                };
+                if matches!(error.kind(), lapin::ErrorKind::ChannelsLimitReached) {
+                    self.retire(number).await;
+                } else if !(connection.status().connected() && is_of_another(&error)) {
+                    return Err(failed(error));
+                }
+            }
+        };
         // In a box, as what the client does is large.
         within(self.target.timeout, Box::pin(opening)).await
     }
 
-    /// Asks something on a channel of its own, to the end also if nobody waits for that any more. A channel that is given
+    /// Lets a connection go whose channels are used up; who has one there keeps it.
+    async fn retire(&self, number: u64) {
+        let mut current = self.current.lock().await;
+        if current.number == number {
+            current.connection = None;
+        }
+    }
+
+    /// Asks one thing on a channel of its own, to the end also if nobody waits for that any more. A channel that is given
     /// up while the broker refuses what was asked is closed by both at once, and the client then gives up the whole
     /// connection, with all that others asked on it (seen with lapin 4.12.3).
     pub(super) async fn ask<T, W>(&self, what: impl FnOnce(Channel) -> W) -> Result<T>
