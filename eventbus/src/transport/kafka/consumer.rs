@@ -10,7 +10,7 @@ use std::time::{Duration, Instant as StdInstant};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer as _};
-use rdkafka::error::RDKafkaErrorCode as Code;
+use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use rdkafka::{Offset as KafkaOffset, TopicPartitionList};
 use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::time::Instant;
@@ -25,8 +25,10 @@ use crate::subscription::{Audience, Start, Subscription};
 use crate::transport::kit::hand::Place;
 use crate::transport::{Consumer, Polled, Settle, Settled, Token};
 
-/// How long a commit is tried while the group changes.
+/// How long a commit is tried.
 const COMMIT_WITHIN: Duration = Duration::from_secs(5);
+/// The same while the group changes, which takes as long as its slowest member.
+const CHANGE_WITHIN: Duration = Duration::from_secs(15);
 const COMMIT_AGAIN: Duration = Duration::from_millis(20);
 
 pub(super) struct KafkaConsumer {
@@ -270,7 +272,7 @@ impl Member {
         }
         let member = self.clone();
         let committing = tokio::spawn(async move {
-            let end = Instant::now() + COMMIT_WITHIN;
+            let begun = Instant::now();
             loop {
                 // What is not ours any more is not committed.
                 let floors: Vec<Floor> = {
@@ -295,7 +297,9 @@ impl Member {
                         break;
                     }
                     // The group is changing: it is over soon, or the partitions are lost.
-                    Err(error) if from_kafka(error.clone()).is_retryable() && Instant::now() < end => {
+                    Err(error)
+                        if from_kafka(error.clone()).is_retryable() && begun.elapsed() < patience(&error) =>
+                    {
                         tokio::time::sleep(COMMIT_AGAIN).await;
                     }
                     Err(error)
@@ -316,6 +320,14 @@ impl Member {
             Ok(())
         });
         committing.await.map_err(interrupted)?
+    }
+}
+
+/// How long a commit that failed is tried again.
+fn patience(error: &KafkaError) -> Duration {
+    match error.rdkafka_error_code() {
+        Some(Code::IllegalGeneration | Code::RebalanceInProgress) => CHANGE_WITHIN,
+        _ => COMMIT_WITHIN,
     }
 }
 
