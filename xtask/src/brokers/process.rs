@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::debian::{self, Root};
 use super::fetch::run;
 use super::recipe::{self, Launch};
+use super::secure::{self, Secure};
 use super::{Kind, Result};
 
 /// How long a broker may take to start, or to end.
@@ -29,7 +30,16 @@ pub(super) struct Native {
 
 impl Native {
     pub(super) fn start(kind: Kind, version: Option<&str>, advertised: Option<u16>) -> Result<Self> {
-        let (folder, launch) = prepare(kind, version, advertised)?;
+        Self::run(kind, version, prepare(kind, version, advertised)?)
+    }
+
+    pub(super) fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
+        let (folder, mut launch) = prepare(kind, None, None)?;
+        secure::apply(kind, &mut launch, &folder, secure)?;
+        Self::run(kind, None, (folder, launch))
+    }
+
+    fn run(kind: Kind, version: Option<&str>, (folder, launch): (PathBuf, Launch)) -> Result<Self> {
         let mut native = Self { kind, asked: version.map(str::to_owned), launch, folder, process: None };
         native.spawn()?;
         Ok(native)

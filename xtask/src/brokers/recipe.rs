@@ -338,6 +338,11 @@ log.retention.check.interval.ms=1000
         "ZXZlbnRidXMtdGVzdHMtMQ",
         "-c",
         &settings,
+        // Of no use to a broker that asks nobody who they are.
+        "--add-scram",
+        &format!("SCRAM-SHA-256=[name=eventbus,password={PASSWORD}]"),
+        "--add-scram",
+        &format!("SCRAM-SHA-512=[name=eventbus,password={PASSWORD}]"),
     ]))?;
     let arguments = ["-Xmx512m", "-XX:TieredStopAtLevel=1", "-cp", &classes, "kafka.Kafka", &settings];
     Ok(Launch {

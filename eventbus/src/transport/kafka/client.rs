@@ -1,6 +1,7 @@
 //! One cluster: settings, topics, the producer, and what errors mean.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use super::publisher::Producing;
 use crate::admin::Retention;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
+use crate::transport::TlsFiles;
+use crate::transport::kit::tls;
 use crate::url::Url;
 
 /// Readers of ranges: so many ranges are read at a time.
@@ -54,8 +57,8 @@ struct Readers {
 /// A context that passes what librdkafka says on as debug messages: what matters comes back as errors.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Quiet {
-    /// The last thing that was said about authentication: the calls themselves only time out.
-    refused: Arc<Mutex<Option<String>>>,
+    /// The last thing that was said about authentication or TLS: the calls themselves only time out.
+    refused: Arc<Mutex<Option<Error>>>,
 }
 
 impl ClientContext for Quiet {
@@ -64,14 +67,26 @@ impl ClientContext for Quiet {
     }
 
     fn error(&self, error: KafkaError, reason: &str) {
-        if matches!(error.rdkafka_error_code(), Some(Code::Authentication | Code::SaslAuthenticationFailed)) {
-            *self.refused.lock() = Some(reason.to_owned());
-        }
+        let refused = match error.rdkafka_error_code() {
+            Some(Code::Authentication | Code::SaslAuthenticationFailed) => {
+                Error::new(ErrorKind::Unauthorized, "the broker refused the user or the password")
+                    .caused_by(reason)
+            }
+            Some(Code::SSL) => tls::refused(reason),
+            // In TLS 1.3 the broker says what it thinks of our certificate after the handshake: for the client that is
+            // a failure of the network with words of OpenSSL.
+            Some(Code::BrokerTransportFailure) if reason.contains("SSL routines") => tls::refused(reason),
+            _ => return tracing::debug!(%error, reason, "librdkafka"),
+        };
+        *self.refused.lock() = Some(refused);
         tracing::debug!(%error, reason, "librdkafka");
     }
 }
 
 impl rdkafka::consumer::ConsumerContext for Quiet {}
+
+/// How long is taken for what the client said before and nobody heard.
+const SAID_BY_THEN: Duration = Duration::from_millis(50);
 
 /// Where, as whom and how to connect.
 fn config(url: &Url) -> Result<ClientConfig> {
@@ -83,7 +98,7 @@ fn config(url: &Url) -> Result<ClientConfig> {
     if place.user.is_some() {
         security = if place.is_loopback() { "sasl_plaintext" } else { "sasl_ssl" };
     }
-    let mut mechanism = "PLAIN";
+    let (mut mechanism, mut files) = ("PLAIN", TlsFiles::default());
     for (name, value) in url.options() {
         const KINDS: [&str; 4] = ["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"];
         const MECHANISMS: [&str; 3] = ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"];
@@ -93,7 +108,9 @@ fn config(url: &Url) -> Result<ClientConfig> {
                 mechanism =
                     MECHANISMS.get(url.choice(name, value, &MECHANISMS)?).copied().unwrap_or(mechanism);
             }
-            "ca" => drop(config.set("ssl.ca.location", value)),
+            "ca" => files.ca = Some(PathBuf::from(value)),
+            "cert" => files.cert = Some(PathBuf::from(value)),
+            "key" => files.key = Some(PathBuf::from(value)),
             _ => {}
         }
     }
@@ -105,6 +122,13 @@ fn config(url: &Url) -> Result<ClientConfig> {
         ));
     }
     config.set("security.protocol", security);
+    let texts = files.read(security.ends_with("ssl"), "say security=ssl, or sasl_ssl")?;
+    if let Some(ca) = texts.ca {
+        config.set("ssl.ca.pem", ca);
+    }
+    if let Some((cert, key)) = texts.identity {
+        config.set("ssl.certificate.pem", cert).set("ssl.key.pem", key);
+    }
     if security.starts_with("sasl") {
         let (Some(user), Some(password)) = (place.user, place.password) else {
             return Err(Error::config("sasl needs a user and a password: kafka://user:password@host"));
@@ -131,13 +155,12 @@ impl Client {
             let quiet = Quiet::default();
             let reader = reader(&config, quiet.clone())?;
             reader.fetch_metadata(Some("eventbus-probe"), options.timeout).map_err(|error| {
-                match quiet.refused.lock().take() {
-                    Some(reason) => {
-                        Error::new(ErrorKind::Unauthorized, "the broker refused the user or the password")
-                            .caused_by(reason)
-                    }
-                    None => from_kafka(error),
+                // What was said meanwhile waits for a poll, and more is said all the time.
+                let end = Instant::now() + SAID_BY_THEN;
+                while quiet.refused.lock().is_none() && Instant::now() < end {
+                    drop(reader.poll(SAID_BY_THEN / 10));
                 }
+                quiet.refused.lock().take().unwrap_or_else(|| from_kafka(error))
             })?;
             let (admin, ends) = (config.create().map_err(from_kafka)?, Arc::<Ends>::default());
             let producing = Producing::new(config.clone(), &options, ends.clone())?;

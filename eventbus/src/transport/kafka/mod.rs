@@ -22,7 +22,8 @@
 //! | `instance` | none | `group.instance.id`: a member that comes back soon keeps its partitions |
 //! | `security` | `plaintext` on loopback, else `ssl` | `plaintext`, `ssl`, `sasl_plaintext`, `sasl_ssl` |
 //! | `sasl` | `PLAIN` | `PLAIN`, `SCRAM-SHA-256`, `SCRAM-SHA-512`, with the user and password of the address |
-//! | `ca` | the system's | file of the authority to trust |
+//! | `ca` | the system's | file (PEM) of the authorities to trust |
+//! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the broker, and of its key |
 //!
 //! `ssl` and SCRAM need the feature `kafka-tls`. Kafka keeps no count of attempts, no lease and no delay: a failed
 //! event is retried by the driver, which parks it in a topic. Names that differ only in `.` and `_` cannot stand
@@ -114,7 +115,7 @@ impl Default for Options {
     }
 }
 
-const KNOWN: [&str; 14] = [
+const KNOWN: [&str; 16] = [
     "declare",
     "partitions",
     "replication",
@@ -129,6 +130,8 @@ const KNOWN: [&str; 14] = [
     "security",
     "sasl",
     "ca",
+    "cert",
+    "key",
 ];
 
 impl Options {
@@ -157,7 +160,7 @@ impl Options {
                     options.consumer_protocol = url.choice(name, value, &["classic", "consumer"])? == 1
                 }
                 "instance" => options.instance = Some(value.to_owned()),
-                "security" | "sasl" | "ca" => {}
+                "security" | "sasl" | "ca" | "cert" | "key" => {}
                 _ => return Err(url.unknown_option(name, &KNOWN)),
             }
         }
@@ -200,7 +203,7 @@ impl Kafka {
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) for an option that cannot be used;
-    /// [`Unauthorized`](crate::ErrorKind::Unauthorized) for a wrong user or password;
+    /// [`Unauthorized`](crate::ErrorKind::Unauthorized) for a wrong user or password, or if TLS fails;
     /// [`Unavailable`](crate::ErrorKind::Unavailable) if no broker answers within `timeout`.
     ///
     /// # Cancellation

@@ -10,4 +10,5 @@ pub(super) mod queue;
 pub(super) mod refusals;
 pub(super) mod tasks;
 pub(super) mod texts;
+pub(super) mod tls;
 pub(super) mod wall;

@@ -19,8 +19,9 @@
 //! | `dedup` | `off` | a window in which an event of the same source and id is stored once (`Nats-Msg-Id`) |
 //! | `session` | 10 s | a member that is silent for so long loses its partitions |
 //! | `timeout` | 10 s | longest wait for a connection or an answer; a publish without one is unknown then |
-//! | `tls` | `off` | `on`: the connection must speak TLS |
-//! | `ca` | the system's | file of the authority to trust |
+//! | `tls` | `off` on loopback, else `on` | `on`: the connection must speak TLS |
+//! | `ca` | the system's | file (PEM) of the authorities to trust |
+//! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //! | `credentials` | none | file of credentials (JWT and key) |
 //!
 //! With `dedup` on, an event that is replayed into its topic within the window is taken for a repetition, and is not
@@ -49,7 +50,7 @@ use async_trait::async_trait;
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, Result};
@@ -78,8 +79,8 @@ pub struct Options {
     pub timeout: Duration,
     /// Whether the connection must speak TLS.
     pub tls: bool,
-    /// The authority to trust instead of the system's.
-    pub ca: Option<PathBuf>,
+    /// Authorities to trust instead of the system's, and who we are.
+    pub files: TlsFiles,
     /// A file of credentials.
     pub credentials: Option<PathBuf>,
 }
@@ -96,13 +97,13 @@ impl Default for Options {
             session: Duration::from_secs(10),
             timeout: Duration::from_secs(10),
             tls: false,
-            ca: None,
+            files: TlsFiles::default(),
             credentials: None,
         }
     }
 }
 
-const KNOWN: [&str; 11] = [
+const KNOWN: [&str; 13] = [
     "declare",
     "partitions",
     "replicas",
@@ -113,8 +114,13 @@ const KNOWN: [&str; 11] = [
     "timeout",
     "tls",
     "ca",
+    "cert",
+    "key",
     "credentials",
 ];
+
+/// Where a server listens of which no port is said.
+const PORT: u16 = 4222;
 
 /// Most partitions of a topic: each is a stream.
 const MAX_PARTITIONS: u32 = 1024;
@@ -125,7 +131,7 @@ impl Options {
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) naming the option that is unknown or out of range.
     pub fn from_url(url: &Url) -> Result<Self> {
-        let mut options = Self::default();
+        let mut options = Self { tls: !url.authority(PORT)?.is_loopback(), ..Self::default() };
         for (name, value) in url.options() {
             match name {
                 "declare" => options.create_topics = url.choice(name, value, &["verify", "create"])? == 1,
@@ -139,7 +145,9 @@ impl Options {
                 "session" => options.session = url.duration(name, value)?,
                 "timeout" => options.timeout = url.duration(name, value)?,
                 "tls" => options.tls = url.choice(name, value, &["off", "on"])? == 1,
-                "ca" => options.ca = Some(PathBuf::from(value)),
+                "ca" => options.files.ca = Some(PathBuf::from(value)),
+                "cert" => options.files.cert = Some(PathBuf::from(value)),
+                "key" => options.files.key = Some(PathBuf::from(value)),
                 "credentials" => options.credentials = Some(PathBuf::from(value)),
                 _ => return Err(url.unknown_option(name, &KNOWN)),
             }
@@ -187,7 +195,7 @@ impl Nats {
     ///
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) for an option that cannot be used;
-    /// [`Unauthorized`](crate::ErrorKind::Unauthorized) for a wrong user, password or token;
+    /// [`Unauthorized`](crate::ErrorKind::Unauthorized) for a wrong user, password or token, or if TLS fails;
     /// [`Unavailable`](crate::ErrorKind::Unavailable) if no server answers within `timeout`, or JetStream is off.
     ///
     /// # Cancellation
@@ -239,5 +247,24 @@ impl Transport for Nats {
         let outcome = self.consumers.leave().await;
         self.store.close().await;
         outcome
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn off_loopback_it_speaks_tls_unless_told_otherwise() {
+        for (address, tls) in [
+            ("nats://127.0.0.1", false),
+            ("nats://localhost?tls=on", true),
+            ("nats://broker:4222", true),
+            ("nats://127.0.0.1,broker", true),
+            ("nats://broker?tls=off", false),
+        ] {
+            let url = Url::parse(address).unwrap();
+            assert_eq!(Options::from_url(&url).unwrap().tls, tls, "{address}");
+        }
     }
 }

@@ -23,15 +23,17 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::{Options, message, names, publisher};
+use super::{Options, PORT, message, names, publisher};
 use crate::admin::Retention;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::time::from_rfc3339;
+use crate::transport::TlsFiles;
 use crate::transport::kit::leased::Stored;
 use crate::transport::kit::leased::registers::{Bounds, Held};
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
+use crate::transport::kit::tls;
 use crate::url::Url;
 
 /// For how long the number of partitions of a topic is believed.
@@ -103,7 +105,7 @@ fn connection(
     options: &Options,
     connections: watch::Sender<u64>,
 ) -> Result<(Vec<ServerAddr>, ConnectOptions, String)> {
-    let place = url.authority(4222)?;
+    let place = url.authority(PORT)?;
     if !place.path.is_empty() {
         return Err(Error::config("nats:// takes hosts only: nats://user:password@host:port"));
     }
@@ -143,11 +145,16 @@ fn connection(
             Error::config("the file holds no credentials of NATS").with("file", file.display())
         })?;
     }
-    if options.tls {
-        settings = settings.require_tls(true);
-    }
-    if let Some(ca) = &options.ca {
+    let TlsFiles { ca, cert, key } = &options.files;
+    options.files.read(options.tls, "say tls=on")?;
+    // Also where it is off: a server may insist.
+    tls::choose_provider();
+    settings = settings.require_tls(options.tls);
+    if let Some(ca) = ca {
         settings = settings.add_root_certificates(ca.clone());
+    }
+    if let (Some(cert), Some(key)) = (cert, key) {
+        settings = settings.add_client_certificate(cert.clone(), key.clone());
     }
     Ok((addresses, settings, shown.join(",")))
 }
@@ -163,6 +170,7 @@ impl Store {
                     "the server refused the user, the password or the token",
                 )
                 .caused_by(error),
+                _ if tls::is_refused(&error) => tls::refused(error),
                 ConnectErrorKind::Tls | ConnectErrorKind::ServerParse => {
                     Error::config("the server cannot be spoken to like this").caused_by(error)
                 }

@@ -16,7 +16,8 @@
 //! | `timeout` | 10 s | longest wait for a connection |
 //! | `durability` | `flushed` | `relaxed`: commits are not flushed (`synchronous_commit = off`); said at the start |
 //! | `sslmode` | `disable` on loopback, else `verify-full` | `disable`, `require`, `verify-ca`, `verify-full` |
-//! | `sslrootcert` | the system's | file of the authority to trust |
+//! | `sslrootcert` | the system's | file (PEM) of the authorities to trust |
+//! | `sslcert`, `sslkey` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //!
 //! Leases and delays are in the time of the server's clock: a step of that clock moves them. What waits to be
 //! published is bounded: 65,536 events and 64 MiB; publishing waits beyond. Settled events are kept until the
@@ -35,6 +36,7 @@ mod store;
 mod topics;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +46,7 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, ErrorKind, Result};
@@ -85,7 +87,7 @@ impl Default for Options {
     }
 }
 
-const KNOWN: [&str; 9] = [
+const KNOWN: [&str; 11] = [
     "declare",
     "partitions",
     "max_event_bytes",
@@ -95,6 +97,8 @@ const KNOWN: [&str; 9] = [
     "durability",
     "sslmode",
     "sslrootcert",
+    "sslcert",
+    "sslkey",
 ];
 
 impl Options {
@@ -113,7 +117,7 @@ impl Options {
                 "max_connections" => options.max_connections = url.number(name, value)?,
                 "timeout" => options.timeout = url.duration(name, value)?,
                 "durability" => options.flushed = url.choice(name, value, &["flushed", "relaxed"])? == 0,
-                "sslmode" | "sslrootcert" => {}
+                "sslmode" | "sslrootcert" | "sslcert" | "sslkey" => {}
                 _ => return Err(url.unknown_option(name, &KNOWN)),
             }
         }
@@ -160,6 +164,7 @@ fn connection(url: &Url) -> Result<PgConnectOptions> {
         connect = connect.password(password);
     }
     let mut mode = if place.is_loopback() { PgSslMode::Disable } else { PgSslMode::VerifyFull };
+    let mut files = TlsFiles::default();
     for (name, value) in url.options() {
         match name {
             "sslmode" => {
@@ -168,7 +173,9 @@ fn connection(url: &Url) -> Result<PgConnectOptions> {
                 let chosen = url.choice(name, value, &["disable", "require", "verify-ca", "verify-full"])?;
                 mode = modes.get(chosen).copied().unwrap_or(PgSslMode::VerifyFull);
             }
-            "sslrootcert" => connect = connect.ssl_root_cert(value),
+            "sslrootcert" => files.ca = Some(PathBuf::from(value)),
+            "sslcert" => files.cert = Some(PathBuf::from(value)),
+            "sslkey" => files.key = Some(PathBuf::from(value)),
             _ => {}
         }
     }
@@ -177,6 +184,13 @@ fn connection(url: &Url) -> Result<PgConnectOptions> {
             ErrorKind::Unsupported,
             "this program was built without TLS for PostgreSQL: enable the feature \"postgres-tls\" of eventbus, or say sslmode=disable where the network is trusted",
         ));
+    }
+    let texts = files.read(!matches!(mode, PgSslMode::Disable), "say sslmode=verify-full")?;
+    if let Some(ca) = texts.ca {
+        connect = connect.ssl_root_cert_from_pem(ca.into_bytes());
+    }
+    if let Some((cert, key)) = texts.identity {
+        connect = connect.ssl_client_cert_from_pem(cert).ssl_client_key_from_pem(key);
     }
     Ok(connect.ssl_mode(mode))
 }
@@ -193,7 +207,7 @@ impl Postgres {
     ///
     /// # Errors
     /// [`Config`](ErrorKind::Config) for an option that cannot be used; [`Unauthorized`](ErrorKind::Unauthorized)
-    /// for a wrong user or password; [`NotFound`](ErrorKind::NotFound) for a missing database;
+    /// for a wrong user or password, or if TLS fails; [`NotFound`](ErrorKind::NotFound) for a missing database;
     /// [`Unavailable`](ErrorKind::Unavailable) if the server does not answer within `timeout`;
     /// [`Conflict`](ErrorKind::Conflict) for tables of a newer version.
     ///

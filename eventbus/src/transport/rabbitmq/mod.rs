@@ -24,7 +24,8 @@
 //! | `max_event_bytes` | 1 MiB | largest event; the server's own bound (`max_message_size`) is 16 MiB from 4.0 on |
 //! | `session` | 10 s | a member that is silent for so long loses its partitions |
 //! | `timeout` | 10 s | longest wait for a connection or an answer; a publish without one is unknown then |
-//! | `ca` | the system's | file of the authority to trust |
+//! | `ca` | the system's | file (PEM) of authorities to trust beside the system's |
+//! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the broker, and of its key |
 //!
 //! A confirm says that a majority of the stream's copies has the event, in memory: streams are not synced to disk before
 //! (RabbitMQ manual, "Streams: Data Safety"). It names no offset. In a cluster what is read is the copy of the node that
@@ -61,7 +62,7 @@ use async_trait::async_trait;
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, Result};
@@ -84,8 +85,8 @@ pub struct Options {
     pub session: Duration,
     /// Longest wait for a connection or an answer.
     pub timeout: Duration,
-    /// The authority to trust instead of the system's.
-    pub ca: Option<PathBuf>,
+    /// Authorities to trust beside the system's, and who we are.
+    pub files: TlsFiles,
 }
 
 impl Default for Options {
@@ -97,13 +98,13 @@ impl Default for Options {
             max_event_bytes: 1 << 20,
             session: Duration::from_secs(10),
             timeout: Duration::from_secs(10),
-            ca: None,
+            files: TlsFiles::default(),
         }
     }
 }
 
-const KNOWN: [&str; 7] =
-    ["declare", "partitions", "retention", "max_event_bytes", "session", "timeout", "ca"];
+const KNOWN: [&str; 9] =
+    ["declare", "partitions", "retention", "max_event_bytes", "session", "timeout", "ca", "cert", "key"];
 
 /// Most partitions of a topic: each is a stream.
 const MAX_PARTITIONS: u32 = 1024;
@@ -124,7 +125,9 @@ impl Options {
                 "max_event_bytes" => options.max_event_bytes = url.number(name, value)?,
                 "session" => options.session = url.duration(name, value)?,
                 "timeout" => options.timeout = url.duration(name, value)?,
-                "ca" => options.ca = Some(PathBuf::from(value)),
+                "ca" => options.files.ca = Some(PathBuf::from(value)),
+                "cert" => options.files.cert = Some(PathBuf::from(value)),
+                "key" => options.files.key = Some(PathBuf::from(value)),
                 _ => return Err(url.unknown_option(name, &KNOWN)),
             }
         }
@@ -165,7 +168,7 @@ impl RabbitMq {
     /// # Errors
     /// [`Config`](crate::ErrorKind::Config) for an option that cannot be used, or a virtual host that does not exist or
     /// may not be entered; [`Unauthorized`](crate::ErrorKind::Unauthorized) for a wrong user or password, or one that may
-    /// not declare; [`Unavailable`](crate::ErrorKind::Unavailable) if no broker answers within `timeout`.
+    /// not declare, or if TLS fails; [`Unavailable`](crate::ErrorKind::Unavailable) if no broker answers within `timeout`.
     ///
     /// # Cancellation
     /// Nothing stays open.

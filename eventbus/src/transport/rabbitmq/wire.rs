@@ -5,12 +5,11 @@
 //! client's own recovery: what was on its way is unknown, and each caller knows what that means for it.
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
-use lapin::tcp::OwnedTLSConfig;
+use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::ShortString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
 use lapin::{Channel, Connection, ConnectionBuilder, ConnectionProperties};
@@ -19,6 +18,7 @@ use tokio::time::Instant;
 
 use super::Options;
 use crate::error::{Error, ErrorKind, Result};
+use crate::transport::kit::tls;
 use crate::url::Url;
 
 /// How long it is believed that the broker cannot be reached: all readers and publishers of a service ask for a
@@ -76,9 +76,9 @@ impl Wires {
             }
             _ => AMQPScheme::AMQP,
         };
-        if options.ca.is_some() && scheme == AMQPScheme::AMQP {
-            return Err(Error::config("ca needs TLS: amqps://"));
-        }
+        let files = options.files.read(scheme == AMQPScheme::AMQPS, "say amqps://")?;
+        let identity =
+            files.identity.map(|(cert, key)| OwnedIdentity::PKCS8 { pem: cert.into(), key: key.into() });
         let shown: Vec<String> = place.hosts.iter().map(|(host, port)| format!("{host}:{port}")).collect();
         let target = Arc::new(Target {
             hosts: place.hosts.iter().map(|(host, port)| ((*host).to_owned(), *port)).collect(),
@@ -88,7 +88,7 @@ impl Wires {
             },
             vhost: vhost.to_owned(),
             scheme,
-            tls: OwnedTLSConfig { identity: None, cert_chain: options.ca.as_ref().map(read_ca).transpose()? },
+            tls: OwnedTLSConfig { identity, cert_chain: files.ca },
             heartbeat: (options.session.as_secs() / 2).clamp(1, 30) as u16,
             timeout: options.timeout,
         });
@@ -115,14 +115,6 @@ impl Wires {
         self.send.close().await;
         self.read.close().await;
     }
-}
-
-fn read_ca(file: &PathBuf) -> Result<String> {
-    std::fs::read_to_string(file).map_err(|error| {
-        Error::config("the file of the authority cannot be read")
-            .with("file", file.display())
-            .caused_by(error)
-    })
 }
 
 /// Whether a channel could not be opened because of what ended another. The client numbers channels from the first again
@@ -207,6 +199,9 @@ impl Wire {
         let connecting =
             builder.with_uri(uri).with_properties(properties).with_tls_config(target.tls.clone());
         connecting.connect().await.map_err(|error| {
+            if tls::is_refused(&error) {
+                return tls::refused(error);
+            }
             let failed = failed(error);
             match failed.kind() {
                 ErrorKind::Unauthorized => failed,

@@ -21,6 +21,8 @@
 //! | `session` | 10 s | a member that is silent for so long loses its partitions |
 //! | `timeout` | 10 s | longest wait for a connection or an answer |
 //! | `durability` | `server` | `flushed`: a confirm waits for the append-only file (`WAITAOF 1 0`, Redis 7.2) |
+//! | `ca` | the system's | file (PEM) of the authorities to trust |
+//! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //!
 //! Offsets pack an entry's id: milliseconds in the upper 42 bits, the counter within in the lower 22; they have
 //! gaps. Leases and delays are in the time of the server's clock. Settled events are removed by retention: never
@@ -36,6 +38,7 @@ mod retention;
 mod store;
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +47,7 @@ use async_trait::async_trait;
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, ErrorKind, Result};
@@ -69,6 +72,8 @@ pub struct Options {
     pub timeout: Duration,
     /// Whether a confirm waits for the append-only file.
     pub flushed: bool,
+    /// Authorities to trust instead of the system's, and who we are.
+    pub files: TlsFiles,
 }
 
 impl Default for Options {
@@ -81,12 +86,23 @@ impl Default for Options {
             session: Duration::from_secs(10),
             timeout: Duration::from_secs(10),
             flushed: false,
+            files: TlsFiles::default(),
         }
     }
 }
 
-const KNOWN: [&str; 7] =
-    ["declare", "partitions", "retention", "max_event_bytes", "session", "timeout", "durability"];
+const KNOWN: [&str; 10] = [
+    "declare",
+    "partitions",
+    "retention",
+    "max_event_bytes",
+    "session",
+    "timeout",
+    "durability",
+    "ca",
+    "cert",
+    "key",
+];
 
 /// Most partitions of a topic in this store.
 const MAX_PARTITIONS: u32 = 4096;
@@ -108,6 +124,9 @@ impl Options {
                 "session" => options.session = url.duration(name, value)?,
                 "timeout" => options.timeout = url.duration(name, value)?,
                 "durability" => options.flushed = url.choice(name, value, &["server", "flushed"])? == 1,
+                "ca" => options.files.ca = Some(PathBuf::from(value)),
+                "cert" => options.files.cert = Some(PathBuf::from(value)),
+                "key" => options.files.key = Some(PathBuf::from(value)),
                 _ => return Err(url.unknown_option(name, &KNOWN)),
             }
         }
@@ -144,13 +163,13 @@ impl Redis {
     ///
     /// # Errors
     /// [`Config`](ErrorKind::Config) for an option that cannot be used; [`Unauthorized`](ErrorKind::Unauthorized)
-    /// for a wrong user or password; [`Unsupported`](ErrorKind::Unsupported) for a server before version 7;
+    /// for a wrong user or password, or if TLS fails; [`Unsupported`](ErrorKind::Unsupported) for a server before version 7;
     /// [`Unavailable`](ErrorKind::Unavailable) if it does not answer within `timeout`.
     ///
     /// # Cancellation
     /// Nothing stays open.
     pub async fn open(url: &Url) -> Result<Self> {
-        let store = Store::open(store::connection(url)?, Options::from_url(url)?).await?;
+        let store = Store::open(url, Options::from_url(url)?).await?;
         Ok(Self { store, consumers: Arc::default() })
     }
 }

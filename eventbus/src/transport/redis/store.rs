@@ -17,9 +17,11 @@ use super::{Options, durability, keys, publisher, retention};
 use crate::capability::Durability;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
+use crate::transport::TlsFiles;
 use crate::transport::kit::bells::Bells;
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
+use crate::transport::kit::tls::{self, TlsTexts};
 use crate::url::Url;
 
 /// How often members look although nobody told them anything: foreign programs tell nothing.
@@ -55,7 +57,7 @@ macro_rules! script {
 pub(super) use script;
 
 /// Where and as whom to connect.
-pub(super) fn connection(url: &Url) -> Result<ConnectionInfo> {
+fn client(url: &Url, files: &TlsFiles) -> Result<Client> {
     let place = url.authority(6379)?;
     let [(host, port)] = place.hosts.as_slice() else {
         return Err(Error::config("redis:// takes one host: host:port/database"));
@@ -84,14 +86,33 @@ pub(super) fn connection(url: &Url) -> Result<ConnectionInfo> {
         let number = place.path.parse().map_err(|_| Error::config("a database of Redis is a number"))?;
         settings = settings.set_db(number);
     }
-    let info = address.into_connection_info().map_err(from_redis)?;
-    Ok(info.set_redis_settings(settings))
+    let info = address.into_connection_info().map_err(from_redis)?.set_redis_settings(settings);
+    with_tls(info, files.read(tls, "say rediss://")?).map_err(from_redis)
+}
+
+#[cfg(feature = "redis-tls")]
+fn with_tls(info: ConnectionInfo, files: TlsTexts) -> Result<Client, RedisError> {
+    if !matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
+        return Client::open(info);
+    }
+    tls::choose_provider();
+    let identity = files.identity.map(|(cert, key)| redis::ClientTlsConfig {
+        client_cert: cert.into_bytes(),
+        client_key: key.into_bytes(),
+    });
+    let root_cert = files.ca.map(String::into_bytes);
+    Client::build_with_tls(info, redis::TlsCertificates { client_tls: identity, root_cert })
+}
+
+#[cfg(not(feature = "redis-tls"))]
+fn with_tls(info: ConnectionInfo, _: TlsTexts) -> Result<Client, RedisError> {
+    Client::open(info)
 }
 
 impl Store {
-    pub(super) async fn open(info: ConnectionInfo, options: Options) -> Result<Arc<Self>> {
-        let place = info.addr().to_string();
-        let client = Client::open(info).map_err(from_redis)?;
+    pub(super) async fn open(url: &Url, options: Options) -> Result<Arc<Self>> {
+        let client = client(url, &options.files)?;
+        let place = client.get_connection_info().addr().to_string();
         let opening = async {
             let mut connection = connect(&client, &options).await?;
             let durability = probe(&mut connection, &options).await?;
@@ -320,6 +341,7 @@ pub(super) fn from_redis(error: RedisError) -> Error {
             | ServerErrorKind::MasterDown
             | ServerErrorKind::ReadOnly,
         ) => (ErrorKind::Unavailable, "the server cannot work now"),
+        _ if tls::is_refused(&error) => return tls::refused(error),
         _ if error.is_io_error() => (ErrorKind::Unavailable, "the server cannot be reached"),
         _ if error.is_timeout() => (ErrorKind::Unavailable, "the server did not answer in time"),
         _ if error.is_unrecoverable_error() => {
