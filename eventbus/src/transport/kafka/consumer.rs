@@ -16,7 +16,7 @@ use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::time::Instant;
 
 use super::client::{Client, from_kafka, interrupted};
-use super::hold::{Floor, Hold, News};
+use super::hold::{Floor, Hold};
 use super::pump::{self, Context, Shared};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
@@ -252,16 +252,9 @@ impl Member {
     }
 
     fn look(&self, max: NonZeroUsize) -> Result<Option<Polled>> {
-        let mut hold = self.shared.hold.lock();
-        match hold.news.pop_front() {
-            Some(News::Polled(polled)) => return Ok(Some(polled)),
-            Some(News::Failed(error)) => return Err(error),
-            None => {}
-        }
-        let deliveries = hold.collect(max.get(), Instant::now());
-        drop(hold);
+        let told = self.shared.hold.lock().look(max.get(), Instant::now());
         self.shared.room.notify_one();
-        Ok((!deliveries.is_empty()).then_some(Polled::Deliveries(deliveries)))
+        told
     }
 
     /// Commits what is settled, on a task that a caller who goes away does not end.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
 use crate::transport::kit::cursor::{Cursor, Entry, Order, Past, Settling, lease_end};
@@ -21,7 +21,10 @@ pub(super) struct Hold {
     hand: Hand,
     order: Order,
     revoke_within: Duration,
-    pub(super) news: VecDeque<News>,
+    news: VecDeque<News>,
+    /// Why nothing comes, as the client said last. It says so again and again while that is so, and who hears it waits
+    /// before the next poll: told one after another, the delays would outlast what caused them.
+    trouble: Option<Error>,
     /// The epoch of the next ownership; begins anywhere, so that no two consumers share one.
     next_epoch: u32,
     /// What is read ahead: events and bytes.
@@ -29,7 +32,7 @@ pub(super) struct Hold {
     pub(super) bytes_ahead: usize,
 }
 
-pub(super) enum News {
+enum News {
     Polled(Polled),
     Failed(Error),
 }
@@ -66,6 +69,7 @@ impl Hold {
             order,
             revoke_within: subscription.revoke_within,
             news: VecDeque::new(),
+            trouble: None,
             next_epoch: fastrand::u32(..),
             n_ahead: 0,
             bytes_ahead: 0,
@@ -87,6 +91,7 @@ impl Hold {
             };
             self.owned.insert(*partition, owned);
         }
+        self.trouble = None;
         let gained: Vec<_> = partitions.iter().copied().map(PartitionId).collect();
         if !gained.is_empty() {
             self.news.push_back(News::Polled(Polled::Assigned(gained)));
@@ -171,9 +176,34 @@ impl Hold {
             // It came again after a pause.
             return;
         }
+        self.trouble = None;
         self.n_ahead += 1;
         self.bytes_ahead += stored.content.size_bytes();
         owned.ahead.push_back(stored);
+    }
+
+    /// Tells an error once.
+    pub(super) fn tell(&mut self, error: Error) {
+        self.news.push_back(News::Failed(error));
+    }
+
+    /// Notes why nothing comes.
+    pub(super) fn fail(&mut self, error: Error) {
+        self.trouble = Some(error);
+    }
+
+    /// Tells what there is to tell: news, deliveries, and why there are none.
+    pub(super) fn look(&mut self, max: usize, now: Instant) -> Result<Option<Polled>> {
+        match self.news.pop_front() {
+            Some(News::Polled(polled)) => return Ok(Some(polled)),
+            Some(News::Failed(error)) => return Err(error),
+            None => {}
+        }
+        let deliveries = self.collect(max, now);
+        match self.trouble.take().filter(|_| deliveries.is_empty()) {
+            Some(error) => Err(error),
+            None => Ok((!deliveries.is_empty()).then_some(Polled::Deliveries(deliveries))),
+        }
     }
 
     /// Notes that events below `first` were removed unread.
@@ -191,7 +221,7 @@ impl Hold {
     }
 
     /// Hands out at most `max` deliveries.
-    pub(super) fn collect(&mut self, max: usize, now: Instant) -> Vec<Delivery> {
+    fn collect(&mut self, max: usize, now: Instant) -> Vec<Delivery> {
         let until = lease_end(now, FOR_EVER);
         let mut deliveries = Vec::new();
         let Self { owned, hand, order, n_ahead, bytes_ahead, .. } = self;
@@ -285,4 +315,31 @@ fn drop_ahead(owned: &mut Owned, n_ahead: &mut usize, bytes_ahead: &mut usize) {
     *n_ahead -= owned.ahead.len();
     *bytes_ahead -= owned.ahead.iter().map(|stored| stored.content.size_bytes()).sum::<usize>();
     owned.ahead.clear();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::name::{Group, Topic};
+
+    #[test]
+    fn what_keeps_failing_is_told_once_and_not_when_it_is_over() {
+        let subscription = Subscription::group(Topic::new("t").unwrap(), Group::new("g").unwrap());
+        let mut hold = Hold::new(&subscription);
+        let look = |hold: &mut Hold| hold.look(16, Instant::now());
+        for n in 0..20 {
+            hold.fail(Error::new(ErrorKind::Unavailable, format!("for the time {n}")));
+        }
+        assert!(look(&mut hold).unwrap_err().to_string().contains("for the time 19"));
+        assert!(look(&mut hold).unwrap().is_none());
+        hold.fail(Error::new(ErrorKind::Unavailable, "until there are partitions"));
+        hold.gain(&[0], &BTreeMap::new());
+        assert!(matches!(look(&mut hold), Ok(Some(Polled::Assigned(_)))));
+        assert!(look(&mut hold).unwrap().is_none());
+        // What is told once is told whatever came since.
+        hold.tell(Error::new(ErrorKind::Corrupt, "the log was cut"));
+        hold.gain(&[1], &BTreeMap::new());
+        assert_eq!(look(&mut hold).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
 }

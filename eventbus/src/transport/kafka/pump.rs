@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::client::{from_kafka, missing};
-use super::hold::{Hold, News};
+use super::hold::Hold;
 use super::record;
 use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
@@ -164,7 +164,7 @@ impl Shared {
     }
 
     fn fail(&self, error: Error) {
-        self.hold.lock().news.push_back(News::Failed(error));
+        self.hold.lock().fail(error);
         self.wake.notify_one();
     }
 }
@@ -490,12 +490,10 @@ fn pass_hole(
         }
         Some(expected) => {
             read_from(consumer, topic, number, high)?;
-            {
-                let mut hold = shared.hold.lock();
-                hold.lose(&[partition]);
-                hold.gain(&[partition], &BTreeMap::new());
-            }
-            shared.fail(
+            let mut hold = shared.hold.lock();
+            hold.lose(&[partition]);
+            hold.gain(&[partition], &BTreeMap::new());
+            hold.tell(
                 Error::new(
                     ErrorKind::Corrupt,
                     "the log ends before the group's position: it was cut, or is another",
@@ -505,6 +503,8 @@ fn pass_hole(
                 .with("position", expected)
                 .with("end", end),
             );
+            drop(hold);
+            shared.wake.notify_one();
             Ok(())
         }
     }
