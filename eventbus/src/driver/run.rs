@@ -85,6 +85,9 @@ pub(super) async fn run(
     }
 }
 
+/// How long a poll waits without an error until the transport is taken to be well again.
+const WELL_AFTER: Duration = Duration::from_secs(10);
+
 async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Result<()> {
     let mut pause = PAUSE;
     let mut leaving: BTreeSet<PartitionId> = BTreeSet::new();
@@ -119,6 +122,11 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 if !rejoin(subscribed, &*consumer, stop).await? {
                     return Ok(());
                 }
+                continue;
+            }
+            // A broker that is back and has nothing new says nothing.
+            () = tokio::time::sleep(WELL_AFTER), if subscribed.polling_fails.load(Atomic::Relaxed) => {
+                subscribed.polling_fails.store(false, Atomic::Relaxed);
                 continue;
             }
             polled = polling => polled,

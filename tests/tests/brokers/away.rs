@@ -14,24 +14,26 @@ use xtask::brokers::Kind;
 
 #[derive(Debug, Clone, Event, serde::Serialize, serde::Deserialize)]
 #[event(type = "test.step", version = 1, key = key)]
-struct Step {
-    key: String,
-    n: u32,
+pub(crate) struct Step {
+    pub(crate) key: String,
+    pub(crate) n: u32,
 }
 
-type Seen = Arc<Mutex<BTreeSet<u32>>>;
+pub(crate) type Seen = Arc<Mutex<BTreeSet<u32>>>;
 
 /// How long the broker is away at least, and how many connections a service and a publisher may try in a second of that.
 /// Kafka's client makes one for each of its own, and tries each ten times a second.
 const AWAY: Duration = Duration::from_secs(8);
 const MAX_TRIALS: f64 = 25.0;
+/// How long it may take until all goes on when the broker is back: pauses between trials and the time of a session.
+pub(crate) const LATE: Duration = Duration::from_secs(15);
 const PATIENCE: Duration = Duration::from_secs(60);
 
-async fn handle(Typed(step): Typed<Step>, State(seen): State<Seen>) {
+pub(crate) async fn handle(Typed(step): Typed<Step>, State(seen): State<Seen>) {
     seen.lock().insert(step.n);
 }
 
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let waiting = async {
         while !holds() {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -41,7 +43,7 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Publishes until the broker confirms.
-async fn publish(publisher: &TypedPublisher, topic: &Topic, numbers: std::ops::Range<u32>) {
+pub(crate) async fn publish(publisher: &TypedPublisher, topic: &Topic, numbers: std::ops::Range<u32>) {
     let batch: Vec<_> = numbers.map(|n| Step { key: format!("k{}", n % 7), n }).collect();
     let trying = async {
         while publisher.enqueue(topic, &batch).await.unwrap().await.all().is_err() {
@@ -88,9 +90,17 @@ async fn comes_back(kind: Kind) {
     let rate = n_trials as f64 / took.as_secs_f64();
     assert!(rate <= MAX_TRIALS, "{n_trials} connections were tried in {took:?}");
     wire.set(Wire::Whole);
+    let back = Instant::now();
     publish(&publisher, &topic, 30..60).await;
     until("what was published since", || (0..60).all(|n| seen.lock().contains(&n))).await;
+    println!("{kind}: all goes on after {:?}", back.elapsed());
+    assert!(back.elapsed() < LATE, "{kind}: all goes on after {:?}", back.elapsed());
     until("being well again", || running.health()[0].is_running()).await;
+    // Away for a moment, and nothing is published since.
+    wire.set(Wire::Cut);
+    until("health that says degraded again", || !running.health()[0].is_running()).await;
+    wire.set(Wire::Whole);
+    until("being well though nothing comes", || running.health()[0].is_running()).await;
     running.stop().await.unwrap();
     bus.close().await.unwrap();
 }
