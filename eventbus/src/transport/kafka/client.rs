@@ -221,6 +221,10 @@ impl Client {
             .set("isolation.level", "read_committed")
             .set("check.crcs", "true")
             .set("queued.max.messages.kbytes", "16384")
+            // One answer of a broker comes on top of what is queued, and the client unpacks all of it at once: bodies that
+            // compress well are many times as large as what was fetched.
+            .set("fetch.max.bytes", "16777216")
+            .set("fetch.message.max.bytes", "262144")
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.wait.max.ms", "250")
             .set("max.poll.interval.ms", session.as_millis().max(300_000).to_string());
