@@ -5,6 +5,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 mod addresses;
+mod alarms;
 mod away;
 mod containers;
 mod fitness;

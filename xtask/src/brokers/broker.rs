@@ -1,5 +1,7 @@
 //! A broker of one's own: started, restarted, frozen and ended, whichever way it runs.
 
+use std::path::Path;
+
 use super::container::Container;
 use super::process::Native;
 use super::secure::Secure;
@@ -42,6 +44,16 @@ impl Broker {
             Lives::Container(container) => container.url(),
         };
         Ok(Self { kind, url, lives })
+    }
+
+    /// Starts one with its data in a folder: on a disk of its own. It is a process of this machine also where others are
+    /// containers.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_in(folder: &Path, kind: Kind) -> Result<Self> {
+        let native = Native::start_in(folder, kind)?;
+        Ok(Self { kind, url: native.url().to_owned(), lives: Lives::Native(native) })
     }
 
     /// Starts one that speaks nothing but TLS. It is a process of this machine also where others are containers.
@@ -97,6 +109,25 @@ impl Broker {
             Lives::Native(native) => native.crash(),
             // One that ended already is where it should be.
             Lives::Container(container) => drop(container.crash()),
+        }
+    }
+
+    /// True if it did not end by itself.
+    pub fn lives(&mut self) -> bool {
+        match &mut self.lives {
+            Lives::Native(native) => native.lives(),
+            Lives::Container(container) => super::container::lives(container.id()),
+        }
+    }
+
+    /// Has the program that controls such brokers do something (`rabbitmqctl`).
+    ///
+    /// # Errors
+    /// What it says; for a container that there is no way to it.
+    pub fn control(&self, arguments: &[&str]) -> Result<String> {
+        match &self.lives {
+            Lives::Native(native) => native.control(arguments),
+            Lives::Container(_) => Err("a container is not controlled from outside".to_owned()),
         }
     }
 

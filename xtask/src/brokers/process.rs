@@ -33,6 +33,10 @@ impl Native {
         Self::run(kind, version, prepare(kind, version, advertised)?)
     }
 
+    pub(super) fn start_in(folder: &Path, kind: Kind) -> Result<Self> {
+        Self::run(kind, None, prepare_in(folder, kind, None, None)?)
+    }
+
     pub(super) fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
         let (folder, mut launch) = prepare(kind, None, None)?;
         secure::apply(kind, &mut launch, &folder, secure)?;
@@ -66,6 +70,20 @@ impl Native {
         if let Some(process) = self.process.take() {
             process.end(self.launch.crash);
         }
+    }
+
+    /// Has the program that controls such brokers do something.
+    pub(super) fn control(&self, arguments: &[&str]) -> Result<String> {
+        let Some(program) = recipe::control(self.kind) else {
+            return Err(format!("{} has no program that controls it", self.kind));
+        };
+        let environment = self.launch.environment.iter().map(|(name, value)| (name, value));
+        run(Command::new(program).args(arguments).envs(environment).current_dir(&self.folder))
+    }
+
+    /// True if it did not end by itself.
+    pub(super) fn lives(&mut self) -> bool {
+        self.process.as_mut().is_some_and(|process| matches!(process.child.try_wait(), Ok(None)))
     }
 
     /// Stops it in the middle of whatever it does, or lets it go on.
@@ -134,8 +152,17 @@ pub(super) fn free_port() -> Result<u16> {
     Ok(listener.local_addr().map_err(|error| error.to_string())?.port())
 }
 
-/// A folder of its own with a prepared broker in it.
+/// A folder of its own, in the temporary one, with a prepared broker in it.
 pub(super) fn prepare(
+    kind: Kind,
+    version: Option<&str>,
+    advertised: Option<u16>,
+) -> Result<(PathBuf, Launch)> {
+    prepare_in(&std::env::temp_dir(), kind, version, advertised)
+}
+
+fn prepare_in(
+    folders: &Path,
     kind: Kind,
     version: Option<&str>,
     advertised: Option<u16>,
@@ -143,7 +170,7 @@ pub(super) fn prepare(
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let root = debian::package(kind, version).map(Root::with).transpose()?;
-    let folders = root.as_ref().map_or_else(std::env::temp_dir, Root::folders);
+    let folders = root.as_ref().map_or_else(|| folders.to_owned(), Root::folders);
     let folder = folders.join(format!("eventbus-{kind}-{}-{number}", std::process::id()));
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     match recipe::prepare(kind, version, root.as_ref(), &folder, free_port()?, advertised) {

@@ -358,6 +358,12 @@ log.retention.check.interval.ms=1000
     })
 }
 
+/// The program that controls a broker that runs, in the environment of its start.
+pub(super) fn control(kind: Kind) -> Option<PathBuf> {
+    // Not the one on the path, which changes to a user that does not know this broker.
+    (kind == Kind::Rabbitmq).then(|| PathBuf::from("/usr/lib/rabbitmq/bin/rabbitmqctl"))
+}
+
 fn rabbitmq_installed() -> Option<PathBuf> {
     program(&["rabbitmq-server"], &["/usr/lib/rabbitmq/bin"])
         .and_then(|_| program(&["/usr/lib/rabbitmq/bin/rabbitmq-server"], &["/"]))

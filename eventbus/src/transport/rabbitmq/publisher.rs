@@ -103,12 +103,13 @@ async fn open(store: &Store, line: Option<Channel>, deadline: Instant) -> Result
         channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(failed)?;
         Ok(channel)
     };
-    tokio::time::timeout_at(deadline, opening).await.unwrap_or_else(|_| {
-        Err(Error::new(
-            ErrorKind::Unavailable,
-            "the broker takes no events: an alarm of memory or disk, or no answer",
-        ))
-    })
+    match tokio::time::timeout_at(deadline, opening).await {
+        Ok(outcome) => outcome,
+        Err(_) if store.wires.send.is_blocked().await => {
+            Err(Error::new(ErrorKind::Full, "the broker takes no events: it has an alarm of memory or disk"))
+        }
+        Err(_) => Err(Error::new(ErrorKind::Unavailable, "the broker did not answer in time")),
+    }
 }
 
 /// Sends the events of a batch in order. After one of a key that is not sent, none of that key is.
