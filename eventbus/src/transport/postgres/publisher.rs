@@ -124,7 +124,7 @@ async fn store_with(
         }
     }
     let mut columns = Columns::default();
-    let mut ranks: HashMap<(i64, u32), i64> = HashMap::new();
+    let mut slots: HashMap<(i64, u32), usize> = HashMap::new();
     let mut places: Vec<Result<Placed>> = Vec::with_capacity(round.len());
     for queued in round {
         let (topic, n_partitions) = match found.get(&queued.topic) {
@@ -138,17 +138,15 @@ async fn store_with(
         let mut of_batch = Vec::with_capacity(queued.events.len());
         for event in &queued.events {
             let partition = partition::of_envelope(event, n_partitions).0;
-            let rank = ranks.entry((topic, partition)).or_default();
-            columns.push(topic, partition, *rank, event);
-            of_batch.push((partition, *rank));
-            *rank += 1;
+            let slot = *slots.entry((topic, partition)).or_insert_with(|| columns.open(topic, partition));
+            of_batch.push((partition, columns.push(slot, event)));
         }
         places.push(Ok((topic, of_batch)));
     }
     let mut ends: HashMap<(i64, u32), i64> = HashMap::new();
-    if !ranks.is_empty() {
+    if !columns.is_empty() {
         ends = insert(connection, &columns).await?;
-        let mut topics: Vec<i64> = ranks.keys().map(|(topic, _)| *topic).collect();
+        let mut topics: Vec<i64> = slots.keys().map(|(topic, _)| *topic).collect();
         topics.sort_unstable();
         topics.dedup();
         topics.into_iter().for_each(|topic| store.ring(topic));

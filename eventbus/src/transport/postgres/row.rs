@@ -16,75 +16,115 @@ use crate::transport::kit::texts::Texts;
 use crate::transport::{Content, Undecodable};
 
 /// Stores events behind the end of their partitions, in one statement: locks the partitions in one order, gives out
-/// offsets, inserts. Returns where each partition ended before; a topic that is gone returns nothing.
+/// offsets, inserts. Returns where each partition ended before; a topic that is gone returns nothing. Columns without a
+/// value are empty, and `unnest` fills them up.
 pub(super) const INSERT: &str = r#"
-WITH input AS (
-  SELECT * FROM unnest($1::bigint[], $2::integer[], $3::bigint[], $4::integer[], $5::uuid[], $6::text[], $7::text[], $8::text[],
-    $9::bigint[], $10::text[], $11::bigint[], $12::text[], $13::text[], $14::bytea[], $15::bytea[], $16::bytea[], $17::bytea[])
-  AS t (topic, partition, rank, size, id, other_id, source, type, version, subject, time, content_type, schema, key,
-    extensions, headers, payload)
-), counts AS (
-  SELECT topic, partition, count(*) AS n FROM input GROUP BY topic, partition
-), ends AS MATERIALIZED (
-  SELECT p.topic, p.partition, p.next, c.n,
+WITH ends AS MATERIALIZED (
+  SELECT p.topic, p.partition, p.next, c.n, c.slot,
     greatest(p.last_stored, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint * 1000) AS stored_at
-  FROM eventbus_partition p JOIN counts c ON c.topic = p.topic AND c.partition = p.partition
+  FROM eventbus_partition p
+  JOIN unnest($1::bigint[], $2::integer[], $3::bigint[]) WITH ORDINALITY AS c (topic, partition, n, slot)
+    ON c.topic = p.topic AND c.partition = p.partition
   ORDER BY p.topic, p.partition FOR UPDATE OF p
 ), moved AS (
   UPDATE eventbus_partition p SET next = e.next + e.n, last_stored = e.stored_at FROM ends e
   WHERE p.topic = e.topic AND p.partition = e.partition
 ), stored AS (
   INSERT INTO eventbus_event
-  SELECT i.topic, i.partition, e.next + i.rank, e.stored_at, i.size, i.id, i.other_id, i.source, i.type, i.version, i.subject,
+  SELECT e.topic, e.partition, e.next + i.rank, e.stored_at, i.size, i.id, i.other_id, i.source, i.type, i.version, i.subject,
     i.time, i.content_type, i.schema, i.key, i.extensions, i.headers, i.payload
-  FROM input i JOIN ends e ON e.topic = i.topic AND e.partition = i.partition
+  FROM unnest($4::bigint[], $5::bigint[], $6::integer[], $7::uuid[], $8::text[], $9::text[], $10::text[], $11::bigint[],
+    $12::text[], $13::bigint[], $14::text[], $15::text[], $16::bytea[], $17::bytea[], $18::bytea[], $19::bytea[])
+  AS i (slot, rank, size, id, other_id, source, type, version, subject, time, content_type, schema, key,
+    extensions, headers, payload)
+  JOIN ends e ON e.slot = i.slot
 )
 SELECT topic, partition, next FROM ends"#;
 
 /// Many events, a column each.
 #[derive(Default)]
 pub(super) struct Columns<'a> {
+    /// The partitions, and how many events go into each.
     topics: Vec<i64>,
     partitions: Vec<i32>,
+    counts: Vec<i64>,
+    /// The partition of each event, counted from 1.
+    slots: Vec<i64>,
     ranks: Vec<i64>,
     sizes: Vec<i32>,
-    ids: Vec<Option<Uuid>>,
-    other_ids: Vec<Option<String>>,
+    ids: Sparse<Uuid>,
+    other_ids: Sparse<String>,
     sources: Vec<&'a str>,
     types: Vec<&'a str>,
-    versions: Vec<Option<i64>>,
-    subjects: Vec<Option<&'a str>>,
-    times: Vec<Option<i64>>,
-    content_types: Vec<Option<&'a str>>,
-    schemas: Vec<Option<&'a str>>,
-    keys: Vec<Option<&'a [u8]>>,
-    extensions: Vec<Option<&'a [u8]>>,
-    headers: Vec<Option<&'a [u8]>>,
-    payloads: Vec<Option<&'a [u8]>>,
+    versions: Sparse<i64>,
+    subjects: Sparse<&'a str>,
+    times: Sparse<i64>,
+    content_types: Sparse<&'a str>,
+    schemas: Sparse<&'a str>,
+    keys: Sparse<&'a [u8]>,
+    extensions: Sparse<&'a [u8]>,
+    headers: Sparse<&'a [u8]>,
+    payloads: Sparse<&'a [u8]>,
+}
+
+/// A column that costs nothing as long as no event has a value in it.
+struct Sparse<T>(Vec<Option<T>>);
+
+impl<T> Default for Sparse<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T> Sparse<T> {
+    /// Sets the value of the event at a place, which is the last so far.
+    fn set(&mut self, at: usize, value: Option<T>) {
+        if value.is_some() {
+            self.0.resize_with(at, || None);
+            self.0.push(value);
+        }
+    }
 }
 
 impl<'a> Columns<'a> {
-    /// Adds an event that goes `rank` behind the present end of its partition.
-    pub(super) fn push(&mut self, topic: i64, partition: u32, rank: i64, event: &'a Envelope) {
-        let block = |headers: &'a Headers| (!headers.is_empty()).then(|| headers.as_block().as_ref());
-        let uuid = event.id().as_uuid();
+    pub(super) fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Names a partition that events go into; returns its number for [`push`](Self::push).
+    pub(super) fn open(&mut self, topic: i64, partition: u32) -> usize {
         self.topics.push(topic);
         self.partitions.push(partition as i32);
+        self.counts.push(0);
+        self.topics.len()
+    }
+
+    /// Adds an event to a partition; returns how far behind the present end it goes.
+    pub(super) fn push(&mut self, slot: usize, event: &'a Envelope) -> i64 {
+        let block = |headers: &'a Headers| (!headers.is_empty()).then(|| headers.as_block().as_ref());
+        let (at, uuid) = (self.slots.len(), event.id().as_uuid());
+        let mut rank = 0;
+        if let Some(count) = self.counts.get_mut(slot - 1) {
+            rank = *count;
+            *count += 1;
+        }
+        self.slots.push(slot as i64);
         self.ranks.push(rank);
         self.sizes.push(i32::try_from(event.size_bytes()).unwrap_or(i32::MAX));
-        self.other_ids.push(if uuid.is_none() { Some(event.id().to_string()) } else { None });
-        self.ids.push(uuid);
+        self.other_ids.set(at, if uuid.is_none() { Some(event.id().to_string()) } else { None });
+        self.ids.set(at, uuid);
         self.sources.push(event.source());
         self.types.push(event.event_type());
-        self.versions.push(event.version().map(i64::from));
-        self.subjects.push(event.subject());
-        self.times.push(event.time().map(to_nanos));
-        self.content_types.push(event.content_type());
-        self.schemas.push(event.schema());
-        self.keys.push(event.key().map(Key::as_bytes));
-        self.extensions.push(block(event.extensions()));
-        self.headers.push(block(event.headers()));
-        self.payloads.push(event.payload().map(|payload| payload.as_ref()));
+        self.versions.set(at, event.version().map(i64::from));
+        self.subjects.set(at, event.subject());
+        self.times.set(at, event.time().map(to_nanos));
+        self.content_types.set(at, event.content_type());
+        self.schemas.set(at, event.schema());
+        self.keys.set(at, event.key().map(Key::as_bytes));
+        self.extensions.set(at, block(event.extensions()));
+        self.headers.set(at, block(event.headers()));
+        self.payloads.set(at, event.payload().map(|payload| payload.as_ref()));
+        rank
     }
 
     /// The statement that inserts them.
@@ -92,21 +132,23 @@ impl<'a> Columns<'a> {
         sqlx::query(INSERT)
             .bind(&self.topics)
             .bind(&self.partitions)
+            .bind(&self.counts)
+            .bind(&self.slots)
             .bind(&self.ranks)
             .bind(&self.sizes)
-            .bind(&self.ids)
-            .bind(&self.other_ids)
+            .bind(&self.ids.0)
+            .bind(&self.other_ids.0)
             .bind(&self.sources)
             .bind(&self.types)
-            .bind(&self.versions)
-            .bind(&self.subjects)
-            .bind(&self.times)
-            .bind(&self.content_types)
-            .bind(&self.schemas)
-            .bind(&self.keys)
-            .bind(&self.extensions)
-            .bind(&self.headers)
-            .bind(&self.payloads)
+            .bind(&self.versions.0)
+            .bind(&self.subjects.0)
+            .bind(&self.times.0)
+            .bind(&self.content_types.0)
+            .bind(&self.schemas.0)
+            .bind(&self.keys.0)
+            .bind(&self.extensions.0)
+            .bind(&self.headers.0)
+            .bind(&self.payloads.0)
     }
 }
 
