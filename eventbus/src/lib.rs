@@ -67,6 +67,7 @@ mod text;
 pub mod time;
 pub mod transport;
 pub mod url;
+mod versions;
 
 pub use eventbus_derive::{Command, Event};
 
@@ -96,6 +97,7 @@ pub use self::transport::{
     Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled,
     Token, Transport, Undecodable,
 };
+pub use self::versions::OtherVersions;
 
 // The derives name this crate by its own path; tests inside it are users too.
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::backoff::Retry;
 use crate::batch::{BatchHandler, BoundBatch};
 use crate::bus::Bus;
 use crate::driver::{self, Running};
+use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Message;
 use crate::extract::Context;
@@ -17,6 +18,7 @@ use crate::name::{Group, Topic};
 use crate::outcome::{IntoOutcome, Outcome};
 use crate::parking::Parking;
 use crate::subscription::{Start, Subscription};
+use crate::versions::{OtherVersions, Unfit};
 
 /// A condition on a header: `Guard::header("priority", "high")`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +55,7 @@ pub(crate) struct Policy {
     pub(crate) silence: Duration,
     pub(crate) retry: Retry,
     pub(crate) parking: Parking,
+    pub(crate) other_versions: OtherVersions,
     #[cfg(feature = "rate-limit")]
     pub(crate) per_second: Option<std::num::NonZeroU32>,
     pub(crate) timeout: Option<Duration>,
@@ -69,6 +72,7 @@ pub(crate) struct Policy {
 /// | a delivery without a sign of life | 30 s | [`lease`](Self::lease) |
 /// | events wait and nothing is delivered | 60 s | [`rejoin_after`](Self::rejoin_after) |
 /// | runs in the lane, deliveries, delays | 3, 8, 1 s to 5 min | [`retry`](Self::retry) |
+/// | a known type in another version | again after 1 min | [`other_versions`](Self::other_versions) |
 /// | parked events a key, parked keys a partition | 1,024, 10,000 | [`parking`](Self::parking) |
 /// | bytes in hand, each topic | 64 MiB | [`window_bytes`](Self::window_bytes) |
 /// | handing a partition over | 10 s | [`revoke_within`](Self::revoke_within) |
@@ -84,7 +88,8 @@ pub(crate) struct Policy {
 /// What transports bound is in the tables of [`memory`](crate::transport::memory) and
 /// [`sqlite`](crate::transport::sqlite).
 ///
-/// Unknown types are acknowledged and counted; a body that does not decode, a permanent failure, and a
+/// Unknown types are acknowledged and counted; a known type in a version that no route takes is retried, as a newer
+/// member may know it ([`other_versions`](Self::other_versions)); a body that does not decode, a permanent failure, and a
 /// transient one after its last attempt go to `<topic>.dlq`, confirmed before the source is settled.
 pub struct Service<S = ()> {
     name: String,
@@ -113,13 +118,56 @@ pub(crate) enum Handling {
 /// A route whose handler has its state.
 pub(crate) struct BoundRoute {
     pub(crate) name: &'static str,
-    pub(crate) message: Option<(&'static str, u32)>,
+    pub(crate) takes: Takes,
     pub(crate) guard: Option<Guard>,
     pub(crate) emit_to: Option<Topic>,
     pub(crate) handling: Handling,
 }
 
+/// The events that a route takes, if its guard holds.
+pub(crate) enum Takes {
+    All,
+    Version(&'static str, u32),
+    /// Of a type, those in other versions than these.
+    Others(&'static str, Vec<u32>),
+}
+
+impl Takes {
+    pub(crate) fn fits(&self, envelope: &Envelope) -> bool {
+        // What names no version is the first.
+        let version = envelope.version().unwrap_or(1);
+        match self {
+            Self::All => true,
+            Self::Version(event_type, known) => envelope.event_type() == *event_type && version == *known,
+            Self::Others(event_type, known) => {
+                envelope.event_type() == *event_type && !known.contains(&version)
+            }
+        }
+    }
+}
+
 impl BoundRoute {
+    /// The routes for other versions of the types that these routes take.
+    fn for_others(routes: &[Self], policy: OtherVersions) -> Vec<Self> {
+        let mut known: BTreeMap<&'static str, Vec<u32>> = BTreeMap::new();
+        for route in routes {
+            if let Takes::Version(event_type, version) = route.takes {
+                known.entry(event_type).or_default().push(version);
+            }
+        }
+        let other = |(event_type, versions)| {
+            let handler = Unfit::new(policy)?;
+            Some(Self {
+                name: Unfit::NAME,
+                takes: Takes::Others(event_type, versions),
+                guard: None,
+                emit_to: None,
+                handling: Handling::One(Box::new(handler)),
+            })
+        };
+        known.into_iter().filter_map(other).collect()
+    }
+
     /// Runs the handler on one delivery.
     pub(crate) async fn call(&self, context: &Context) -> Outcome {
         match &self.handling {
@@ -145,6 +193,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
             silence: Duration::from_secs(60),
             retry: Retry::default(),
             parking: Parking::default(),
+            other_versions: OtherVersions::default(),
             #[cfg(feature = "rate-limit")]
             per_second: None,
             timeout: None,
@@ -277,6 +326,13 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
         self
     }
 
+    /// Sets what becomes of events of a known type in a version that no route takes.
+    #[must_use]
+    pub fn other_versions(mut self, policy: OtherVersions) -> Self {
+        self.policy.other_versions = policy;
+        self
+    }
+
     /// Sets where failed events wait, what waits behind them, and how much of it.
     #[must_use]
     pub fn parking(mut self, parking: Parking) -> Self {
@@ -355,7 +411,7 @@ impl Service<()> {
             }
             let bound = BoundRoute {
                 name: route.name,
-                message: route.message,
+                takes: route.message.map_or(Takes::All, |(name, version)| Takes::Version(name, version)),
                 guard: route.guard,
                 emit_to: route.emit_to,
                 handling,
@@ -363,7 +419,9 @@ impl Service<()> {
             topics.entry(route.topic).or_default().push(bound);
         }
         let mut running = Running::new(self.policy.drain_within);
-        for (topic, routes) in topics {
+        for (topic, mut routes) in topics {
+            // Last, so that whatever else fits wins.
+            routes.extend(BoundRoute::for_others(&routes, self.policy.other_versions));
             let subscription = driver::Subscribed::open(bus, &group, topic, routes, &self.policy).await?;
             running.add(Arc::new(subscription));
         }

@@ -29,6 +29,7 @@ use crate::parking::{Followers, Parking, Waits};
 use crate::service::{BoundRoute, Handling, Policy};
 use crate::subscription::Subscription;
 use crate::transport::{Consumer, Delivery, Publisher, Token, Transport};
+use crate::versions::Unfit;
 
 pub(crate) struct Subscribed {
     pub(super) topic: Topic,
@@ -147,12 +148,12 @@ impl Subscribed {
         }
         // A handler that was renamed since is found by the type, as at first.
         let named = group.and_then(|_| envelope.extension("evt-replay-handler"));
-        let handler = named.filter(|name| self.routes.iter().any(|route| route.name == *name));
+        // What failed because its version was unknown goes to whoever knows it now.
+        let handler =
+            named.filter(|name| *name != Unfit::NAME && self.routes.iter().any(|route| route.name == *name));
         self.routes.iter().filter(|route| handler.is_none_or(|name| name == route.name)).find(|route| {
-            let typed = route.message.is_none_or(|(event_type, version)| {
-                envelope.event_type() == event_type && envelope.version().unwrap_or(1) == version
-            });
-            typed && route.guard.as_ref().is_none_or(|guard| guard.holds(envelope.headers()))
+            let is_let_in = || route.guard.as_ref().is_none_or(|guard| guard.holds(envelope.headers()));
+            route.takes.fits(envelope) && is_let_in()
         })
     }
 

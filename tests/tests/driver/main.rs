@@ -6,6 +6,7 @@ mod bounds;
 mod layers;
 mod order;
 mod request;
+mod versions;
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroU32;
@@ -16,8 +17,8 @@ use std::time::Duration;
 use eventbus::capability::Ack;
 use eventbus::transport::sqlite::{Options, Sqlite};
 use eventbus::{
-    Admin, Bus, Emit, Envelope, Event, Failure, Guard, HealthState, Meta, Offset, Retry, Service, Start,
-    State, Topic, TopicSpec, Typed,
+    Admin, Bus, Emit, Envelope, Event, Failure, Guard, HealthState, Meta, Offset, OtherVersions, Retry,
+    Service, Start, State, Topic, TopicSpec, Typed,
 };
 use eventbus_tests::apart::Apart;
 use parking_lot::Mutex;
@@ -538,7 +539,8 @@ async fn guards_and_versions_choose_the_route() {
         let service = Service::new("tiers")
             .on(topic("steps"), gold)
             .when(Guard::header("tier", "gold"))
-            .on(topic("steps"), other);
+            .on(topic("steps"), other)
+            .other_versions(OtherVersions::Skip);
         let running = service.with_state(logs.clone()).start(&bus).await.unwrap();
         let publisher = bus.publisher().await.unwrap();
         let event = |n| Envelope::of(&Step { key: "a".into(), n }, "/test").unwrap();
