@@ -85,12 +85,22 @@ pub(super) async fn run(
     }
 }
 
-/// How long a poll waits without an error until the transport is taken to be well again.
-const WELL_AFTER: Duration = Duration::from_secs(10);
+/// Waits until the transport answers again: one that is back and has nothing new says nothing to a poll.
+async fn answers(subscribed: &Subscribed) {
+    let Some(admin) = subscribed.transport.admin() else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(MAX_PAUSE).await;
+        if admin.topic(&subscribed.topic).await.is_ok() {
+            return;
+        }
+    }
+}
 
 async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Result<()> {
     let mut pause = PAUSE;
     let mut leaving: BTreeSet<PartitionId> = BTreeSet::new();
+    // Whether the last poll failed in a way that passes.
+    let mut is_away = false;
     loop {
         let (consumer, poll) = (subscribed.consumer(), subscribed.lanes.poll_begins());
         let polling = consumer.poll(subscribed.policy.window);
@@ -124,13 +134,14 @@ async fn intake(subscribed: &Subscribed, stop: &mut watch::Receiver<bool>) -> Re
                 }
                 continue;
             }
-            // A broker that is back and has nothing new says nothing.
-            () = tokio::time::sleep(WELL_AFTER), if subscribed.polling_fails.load(Atomic::Relaxed) => {
+            polled = polling => polled,
+            () = answers(subscribed), if is_away => {
+                is_away = false;
                 subscribed.polling_fails.store(false, Atomic::Relaxed);
                 continue;
             }
-            polled = polling => polled,
         };
+        is_away = polled.as_ref().is_err_and(Error::is_retryable);
         subscribed.polling_fails.store(polled.is_err(), Atomic::Relaxed);
         match polled {
             Ok(Polled::Deliveries(deliveries)) => {

@@ -433,6 +433,7 @@ pub(super) fn of_code(code: Code) -> (ErrorKind, &'static str) {
         Code::MessageTimedOut => (ErrorKind::Unknown, "the event was not confirmed in time"),
         Code::QueueFull => (ErrorKind::Full, "the client's queue is full"),
         Code::BrokerTransportFailure
+        | Code::SSL
         | Code::AllBrokersDown
         | Code::OperationTimedOut
         | Code::RequestTimedOut

@@ -22,7 +22,7 @@ pub(super) struct Hold {
     order: Order,
     revoke_within: Duration,
     news: VecDeque<News>,
-    /// Why nothing comes, as the client said last. It says so again and again while that is so, and who hears it waits
+    /// Why nothing comes for now, as the client said last. It says so again and again while that is so, and who hears it waits
     /// before the next poll: told one after another, the delays would outlast what caused them.
     trouble: Option<Error>,
     /// The epoch of the next ownership; begins anywhere, so that no two consumers share one.
@@ -182,12 +182,12 @@ impl Hold {
         owned.ahead.push_back(stored);
     }
 
-    /// Tells an error once.
+    /// Tells an error that will not pass, or of what is over: once, whatever comes.
     pub(super) fn tell(&mut self, error: Error) {
         self.news.push_back(News::Failed(error));
     }
 
-    /// Notes why nothing comes.
+    /// Notes why nothing comes for now: forgotten when something does.
     pub(super) fn fail(&mut self, error: Error) {
         self.trouble = Some(error);
     }
@@ -200,10 +200,10 @@ impl Hold {
             None => {}
         }
         let deliveries = self.collect(max, now);
-        match self.trouble.take().filter(|_| deliveries.is_empty()) {
-            Some(error) => Err(error),
-            None => Ok((!deliveries.is_empty()).then_some(Polled::Deliveries(deliveries))),
+        if !deliveries.is_empty() {
+            return Ok(Some(Polled::Deliveries(deliveries)));
         }
+        self.trouble.take().map_or(Ok(None), Err)
     }
 
     /// Notes that events below `first` were removed unread.

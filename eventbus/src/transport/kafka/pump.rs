@@ -164,7 +164,14 @@ impl Shared {
     }
 
     fn fail(&self, error: Error) {
-        self.hold.lock().fail(error);
+        let mut hold = self.hold.lock();
+        // The client says only once what will not pass.
+        if error.is_retryable() {
+            hold.fail(error)
+        } else {
+            hold.tell(error)
+        }
+        drop(hold);
         self.wake.notify_one();
     }
 }
