@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Weak;
+use std::sync::atomic::{AtomicBool, Ordering as Atomic};
 use std::time::{Duration, SystemTime};
 
 use futures_util::FutureExt as _;
@@ -92,10 +93,13 @@ fn unknown() -> Error {
 
 /// A channel that confirms, on a connection that takes events.
 async fn open(store: &Store, line: Option<Channel>, deadline: Instant) -> Result<Channel> {
+    let is_blocked = AtomicBool::new(false);
     let opening = async {
         while store.wires.send.is_blocked().await {
+            is_blocked.store(true, Atomic::Relaxed);
             tokio::time::sleep(LOOK_AGAIN).await;
         }
+        is_blocked.store(false, Atomic::Relaxed);
         if let Some(line) = line.filter(|line| line.status().connected()) {
             return Ok(line);
         }
@@ -105,7 +109,7 @@ async fn open(store: &Store, line: Option<Channel>, deadline: Instant) -> Result
     };
     match tokio::time::timeout_at(deadline, opening).await {
         Ok(outcome) => outcome,
-        Err(_) if store.wires.send.is_blocked().await => {
+        Err(_) if is_blocked.load(Atomic::Relaxed) => {
             Err(Error::new(ErrorKind::Full, "the broker takes no events: it has an alarm of memory or disk"))
         }
         Err(_) => Err(Error::new(ErrorKind::Unavailable, "the broker did not answer in time")),
