@@ -96,6 +96,11 @@ async fn is_secure(kind: Kind) {
     }
     check("a password", right.replace(":eventbus@", ":canary-secret@"), ErrorKind::Unauthorized).await;
     check("an authority", address(kind, broker.url(), &other.ca, None), ErrorKind::Unauthorized).await;
+    if kind == Kind::Postgres {
+        let required = |ca| address(kind, broker.url(), ca, None).replace("verify-full", "require");
+        works(&required(&ours.ca)).await;
+        check("an authority that must be asked", required(&other.ca), ErrorKind::Unauthorized).await;
+    }
     let system = right.replace(&format!("&{}={}", words(kind).ca, ours.ca.display()), "");
     check("the system's authorities", system, ErrorKind::Unauthorized).await;
     let missing = address(kind, broker.url(), Path::new("/missing.pem"), None);

@@ -39,7 +39,10 @@ impl Native {
 
     pub(super) fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
         let (folder, mut launch) = prepare(kind, None, None)?;
-        secure::apply(kind, &mut launch, &folder, secure)?;
+        if let Err(problem) = secure::apply(kind, &mut launch, &folder, secure) {
+            drop(fs::remove_dir_all(&folder));
+            return Err(problem);
+        }
         Self::run(kind, None, (folder, launch))
     }
 

@@ -62,6 +62,7 @@ use parking_lot::Mutex;
 use self::client::Client;
 use self::consumer::KafkaConsumer;
 use self::publisher::KafkaPublisher;
+use super::kit::limits;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Ack, Capabilities, Durability, Instances, Members, Ordering, Replay};
@@ -169,20 +170,15 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions >= super::kit::hand::MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 65535"));
-        }
+        limits::partitions(self.partitions, u32::from(u16::MAX))?;
         if self.replication == Some(0) {
             return Err(Error::config("replication must be 1 or more"));
         }
-        if self.max_event_bytes == 0 || self.max_event_bytes > super::kit::queue::MAX_WAITING_BYTES {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 100ms to 1h"));
-        }
-        if self.timeout.is_zero() || self.delivery_timeout.is_zero() {
-            return Err(Error::config("timeouts must be longer than zero"));
+        limits::max_event_bytes(self.max_event_bytes)?;
+        limits::session(self.session, limits::SESSION)?;
+        limits::timeout(self.timeout)?;
+        if self.delivery_timeout.is_zero() {
+            return Err(Error::config("delivery_timeout must be longer than zero"));
         }
         if self.linger >= self.delivery_timeout {
             return Err(Error::config("linger must be shorter than delivery_timeout"));

@@ -6,6 +6,7 @@ pub(super) mod bells;
 pub(super) mod cursor;
 pub(super) mod hand;
 pub(super) mod leased;
+pub(super) mod limits;
 pub(super) mod queue;
 pub(super) mod refusals;
 pub(super) mod tasks;

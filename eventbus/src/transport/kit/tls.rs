@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// The files of TLS that an address names, in PEM. They are read when the transport is opened: a certificate that is
-/// replaced is seen by the next process.
+/// The files of TLS that an address names, in PEM. They are read when the transport is opened, and a certificate that is
+/// replaced is seen by the next process; NATS reads them again for each connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TlsFiles {
@@ -28,8 +28,8 @@ pub(in crate::transport) struct TlsTexts {
 }
 
 impl TlsFiles {
-    /// Reads all, so that a file that cannot be used is told as what it is, and not as a broker that is not there. None
-    /// may be named where TLS is not spoken: who names an authority believes that it is.
+    /// Reads all, so that a file that is missing, or holds something else, is told as that, and not as a broker that is
+    /// not there. None may be named where TLS is not spoken: who names an authority believes that it is.
     pub(in crate::transport) fn read(&self, speaks_tls: bool, how: &str) -> Result<TlsTexts> {
         if !speaks_tls && *self != Self::default() {
             return Err(
@@ -46,28 +46,40 @@ impl TlsFiles {
     }
 }
 
-/// The text of a file that holds something of a kind, and may hold more.
+/// What a file holds of a kind. Nothing else of it: clients tell what they could not read.
 fn pem(file: &Path, kind: &str) -> Result<String> {
     let unusable = |problem| Error::config(problem).with("file", file.display());
     let text = std::fs::read_to_string(file)
         .map_err(|error| unusable("a file of TLS cannot be read").caused_by(error))?;
     // A key also says what kind of key it is: "EC PRIVATE KEY".
-    let is_begin =
-        |line: &str| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"));
-    if text.lines().any(|line| line.starts_with("-----BEGIN ENCRYPTED")) {
-        return Err(unusable("the key is encrypted, and there is no way to give its password"));
+    let of_kind = format!("{kind}-----");
+    let (mut found, mut is_inside) = (String::new(), false);
+    for line in text.lines().map(str::trim_end) {
+        if line.starts_with("-----BEGIN ENCRYPTED") || line.starts_with("Proc-Type: 4,ENCRYPTED") {
+            return Err(unusable("the key is encrypted, and there is no way to give its password"));
+        }
+        is_inside |= line.starts_with("-----BEGIN ") && line.ends_with(&of_kind);
+        if is_inside {
+            found.push_str(line);
+            found.push('\n');
+        }
+        is_inside &= !line.starts_with("-----END ");
     }
-    if !text.lines().any(is_begin) {
+    if found.is_empty() {
         return Err(unusable("a file of TLS holds no PEM of its kind").with("kind", kind));
     }
-    Ok(text)
+    Ok(found)
 }
 
 /// True if TLS failed and not the network: a certificate that one of the two does not take, or a peer that speaks
 /// something else. To try again soon is in vain.
-pub(in crate::transport) fn is_refused(error: &(dyn StdError + 'static)) -> bool {
+fn is_refused(error: &(dyn StdError + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(error) = next {
+        #[cfg(feature = "postgres")]
+        if matches!(error.downcast_ref(), Some(sqlx::Error::Tls(_))) {
+            return true;
+        }
         // What rustls says is wrapped like this by all that use it.
         if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::InvalidData) {
             return true;
@@ -84,7 +96,12 @@ pub(in crate::transport) fn is_refused(error: &(dyn StdError + 'static)) -> bool
     false
 }
 
-/// The error for what [`is_refused`], or what the client tells so.
+/// What an error of opening a transport means. Later the same is an outage: what is in hand is tried again.
+pub(in crate::transport) fn at_opening(error: Error) -> Error {
+    if is_refused(&error) { refused(error) } else { error }
+}
+
+/// The error for what the client tells to be a fault of TLS.
 pub(in crate::transport) fn refused(error: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
     Error::new(
         ErrorKind::Unauthorized,
@@ -116,7 +133,8 @@ mod tests {
     #[test]
     fn files_that_cannot_be_used_are_told_apart() {
         let folder = tempfile::tempdir().unwrap();
-        let cert = file(folder.path(), "cert", "note\n-----BEGIN CERTIFICATE-----\n");
+        let lines = "note\n-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\ncanary-secret\n";
+        let cert = file(folder.path(), "cert", lines);
         let key = file(folder.path(), "key", "-----BEGIN EC PRIVATE KEY-----\ncanary-secret\n");
         let locked = file(folder.path(), "locked", "-----BEGIN ENCRYPTED PRIVATE KEY-----\ncanary-secret\n");
         let of = |ca: Option<&PathBuf>, cert: Option<&PathBuf>, key: Option<&PathBuf>| TlsFiles {
@@ -125,7 +143,10 @@ mod tests {
             key: key.cloned(),
         };
         let both = of(Some(&cert), Some(&cert), Some(&key));
-        assert!(both.read(true, "").is_ok_and(|texts| texts.ca.is_some() && texts.identity.is_some()));
+        let texts = both.read(true, "").unwrap();
+        assert!(texts.identity.is_some());
+        let block = "-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n";
+        assert_eq!(texts.ca.as_deref(), Some(block));
         assert!(TlsFiles::default().read(false, "").is_ok());
         for (files, speaks_tls, told) in [
             (both, false, "does not ask for TLS"),

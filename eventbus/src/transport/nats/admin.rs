@@ -8,9 +8,11 @@ use async_trait::async_trait;
 use futures_util::future::try_join_all;
 use futures_util::{FutureExt as _, StreamExt as _};
 
-use super::store::{Store, TopicDoc, bounds, damaged, missing, since, unavailable};
+use super::pages::since;
+use super::store::{Store, damaged, unavailable};
+use super::topics::{TopicDoc, bounds, missing};
 use super::{MAX_PARTITIONS, Nats, message, names};
-use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
+use crate::admin::{Admin, GroupInfo, Offset, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
@@ -34,11 +36,7 @@ impl Store {
     async fn describe(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
         let Some(declared) = self.declared(topic).await? else { return Ok(None) };
         let looks = self.look_at_all(topic, declared.partitions).await?;
-        let partition = |(at, (_, info)): (usize, &(Stream, Info))| {
-            let Bounds { first, next, n_kept } = bounds(info);
-            PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next)).with_kept(n_kept)
-        };
-        let partitions = looks.iter().enumerate().map(partition).collect();
+        let partitions = looks.iter().enumerate().map(|(at, (_, info))| bounds(info).info(at)).collect();
         let retention = Retention {
             max_age: declared.max_age.map(Duration::from_millis),
             max_events: declared.max_events.and_then(NonZeroU64::new),
@@ -137,20 +135,10 @@ impl Admin for Nats {
     }
 
     async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>> {
-        let is_one = topic.is_some();
-        let topics = match topic {
-            Some(topic) => vec![topic.clone()],
-            None => self.store.all().await?,
-        };
-        let mut found = Vec::new();
-        for topic in topics {
-            match groups::positions(&*self.store, &topic, None).await {
-                Err(error) if error.kind() == ErrorKind::NotFound && !is_one => {}
-                positions => found.extend(positions?),
-            }
+        match topic {
+            Some(topic) => groups::all(&*self.store, std::slice::from_ref(topic), true).await,
+            None => groups::all(&*self.store, &self.store.all().await?, false).await,
         }
-        found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
-        Ok(found)
     }
 
     async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {

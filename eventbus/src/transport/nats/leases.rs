@@ -14,7 +14,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::names;
-use super::store::{Clock, Store, bounds};
+use super::store::{Clock, Store};
+use super::topics::bounds;
 use crate::error::Result;
 use crate::name::Topic;
 use crate::transport::kit::leased::registers::{self, Ahead, Bounds, Entry, GroupDoc, Held, Registers};

@@ -24,6 +24,9 @@
 //! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //! | `credentials` | none | file of credentials (JWT and key) |
 //!
+//! TLS takes the process's provider of cryptography (rustls); where the program installed none before it connects, this
+//! installs ring.
+//!
 //! With `dedup` on, an event that is replayed into its topic within the window is taken for a repetition, and is not
 //! stored: that is why it is off. A confirm says that the servers hold the event, not that a disk does: JetStream
 //! syncs every two minutes unless `sync_interval: always` is set. Events are removed by age whether groups have
@@ -32,13 +35,16 @@
 //! partition, and what the server sends at once.
 
 mod admin;
+mod bucket;
 mod fitness;
 mod leases;
 mod message;
 mod names;
+mod pages;
 mod publisher;
 mod reader;
 mod store;
+mod topics;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -49,7 +55,8 @@ use async_trait::async_trait;
 
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
-use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
+use super::kit::limits;
+use super::kit::queue::QueuedPublisher;
 use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
@@ -157,22 +164,14 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions > MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 1024"));
-        }
+        limits::partitions(self.partitions, MAX_PARTITIONS)?;
         if !matches!(self.replicas, 1 | 3 | 5) {
             return Err(Error::config("replicas must be 1, 3 or 5"));
         }
-        if self.max_event_bytes.is_some_and(|bytes| bytes == 0 || bytes > MAX_WAITING_BYTES) {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 100ms to 1h"));
-        }
-        if self.timeout.is_zero() || self.timeout > Duration::from_secs(3600) {
-            return Err(Error::config("timeout must be longer than zero, and 1h at most"));
-        }
-        let is_short = |bound: Option<Duration>| bound.is_some_and(|bound| bound < store::SHORTEST);
+        self.max_event_bytes.map_or(Ok(()), limits::max_event_bytes)?;
+        limits::session(self.session, limits::SESSION)?;
+        limits::timeout(self.timeout)?;
+        let is_short = |bound: Option<Duration>| bound.is_some_and(|bound| bound < topics::SHORTEST);
         if is_short(self.dedup) || is_short(self.retention) {
             return Err(Error::config("dedup and retention must be 100ms or more, or off"));
         }

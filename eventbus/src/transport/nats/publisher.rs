@@ -17,7 +17,8 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::store::{Store, missing, unavailable};
+use super::store::{Store, unavailable};
+use super::topics::missing;
 use super::{message, names};
 use crate::admin::Offset;
 use crate::envelope::Envelope;

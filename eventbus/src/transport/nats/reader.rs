@@ -8,7 +8,8 @@ use futures_util::StreamExt as _;
 use tokio::sync::oneshot;
 
 use super::message;
-use super::store::{Store, reading, since, unavailable};
+use super::pages::{reading, since};
+use super::store::{Store, unavailable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::transport::kit::leased::Stored;

@@ -15,8 +15,8 @@
 //! | `max_connections` | 8 | connections of one transport value, besides one that listens |
 //! | `timeout` | 10 s | longest wait for a connection |
 //! | `durability` | `flushed` | `relaxed`: commits are not flushed (`synchronous_commit = off`); said at the start |
-//! | `sslmode` | `disable` on loopback, else `verify-full` | `disable`, `require`, `verify-ca`, `verify-full` |
-//! | `sslrootcert` | the system's | file (PEM) of the authorities to trust |
+//! | `sslmode` | `disable` on loopback, else `verify-full` | `disable`, `require` (encrypted, and nobody knows with whom), `verify-ca`, `verify-full` |
+//! | `sslrootcert` | the system's | file (PEM) of authorities to trust beside the system's; `require` is `verify-ca` then, as in libpq |
 //! | `sslcert`, `sslkey` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //!
 //! Leases and delays are in the time of the server's clock: a step of that clock moves them. What waits to be
@@ -45,7 +45,8 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
-use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
+use super::kit::limits;
+use super::kit::queue::QueuedPublisher;
 use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
@@ -126,22 +127,13 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions > topics::MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 4096"));
-        }
-        if self.max_event_bytes == 0 || self.max_event_bytes > MAX_WAITING_BYTES {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 100ms to 1h"));
-        }
+        limits::partitions(self.partitions, topics::MAX_PARTITIONS)?;
+        limits::max_event_bytes(self.max_event_bytes)?;
+        limits::session(self.session, limits::SESSION)?;
         if self.max_connections < 2 {
             return Err(Error::config("max_connections must be 2 or more"));
         }
-        if self.timeout.is_zero() {
-            return Err(Error::config("timeout must be longer than zero"));
-        }
-        Ok(())
+        limits::timeout(self.timeout)
     }
 }
 
@@ -184,6 +176,10 @@ fn connection(url: &Url) -> Result<PgConnectOptions> {
             ErrorKind::Unsupported,
             "this program was built without TLS for PostgreSQL: enable the feature \"postgres-tls\" of eventbus, or say sslmode=disable where the network is trusted",
         ));
+    }
+    // Who names an authority wants it to be asked.
+    if matches!(mode, PgSslMode::Require) && files.ca.is_some() {
+        mode = PgSslMode::VerifyCa;
     }
     let texts = files.read(!matches!(mode, PgSslMode::Disable), "say sslmode=verify-full")?;
     if let Some(ca) = texts.ca {

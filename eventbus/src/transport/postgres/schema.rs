@@ -3,7 +3,6 @@
 use sqlx::{Connection, PgConnection, Row};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::transport::kit::tls;
 
 /// The version this code reads and writes.
 const VERSION: &str = "1";
@@ -89,13 +88,11 @@ fn known(version: &str) -> Result<()> {
 
 /// Classes an error once, where its code is known ("PostgreSQL Error Codes", appendix A of the manual).
 pub(super) fn from_sqlx(error: sqlx::Error) -> Error {
-    if matches!(error, sqlx::Error::Tls(_)) || tls::is_refused(&error) {
-        return tls::refused(error);
-    }
     let (kind, message) = match &error {
         sqlx::Error::Database(database) => of_code(&database.code().unwrap_or_default()),
         sqlx::Error::PoolTimedOut => (ErrorKind::Unavailable, "the server gave no connection in time"),
         sqlx::Error::PoolClosed => (ErrorKind::Closed, "the transport is closed"),
+        sqlx::Error::Tls(_) => (ErrorKind::Unavailable, "TLS with the server failed"),
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
             (ErrorKind::Unavailable, "the connection to the server was lost")
         }

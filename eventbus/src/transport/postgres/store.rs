@@ -18,6 +18,7 @@ use crate::name::Topic;
 use crate::transport::kit::bells::Bells;
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
+use crate::transport::kit::tls;
 
 /// The channel on which processes tell each other the ids of topics that changed.
 pub(super) const CHANNEL: &str = "eventbus";
@@ -73,7 +74,7 @@ impl Store {
         let opened = opening.await.map_err(interrupted).and_then(|opened| opened);
         if let Err(error) = opened {
             pool.close().await;
-            return Err(error.with("place", place));
+            return Err(tls::at_opening(error).with("place", place));
         }
         let (queue, rounds) = Queue::new(options.max_event_bytes);
         let (told, tell) = mpsc::unbounded_channel();

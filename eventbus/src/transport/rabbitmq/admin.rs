@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use super::store::Store;
 use super::topics::missing;
 use super::{MAX_PARTITIONS, RabbitMq, names};
-use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
+use crate::admin::{Admin, GroupInfo, Offset, Record, Retention, TopicInfo, TopicSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
@@ -27,11 +27,7 @@ impl Store {
     async fn describe(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
         let Some(declared) = self.declared(topic).await? else { return Ok(None) };
         let bounds = self.bounds(topic, declared.partitions, false).await?;
-        let partition = |(at, bounds): (usize, Bounds)| {
-            let Bounds { first, next, n_kept } = bounds;
-            PartitionInfo::new(PartitionId(at as u32), Offset(first), Offset(next)).with_kept(n_kept)
-        };
-        let partitions = bounds.into_iter().enumerate().map(partition).collect();
+        let partitions = bounds.into_iter().enumerate().map(|(at, bounds)| bounds.info(at)).collect();
         let max_age = declared.max_age.map(Duration::from_secs);
         Ok(Some(TopicInfo::new(topic.clone(), partitions, Retention { max_age, ..Retention::default() })))
     }
@@ -105,20 +101,10 @@ impl Admin for RabbitMq {
     }
 
     async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>> {
-        let is_one = topic.is_some();
-        let topics = match topic {
-            Some(topic) => vec![topic.clone()],
-            None => self.store.all().await?,
-        };
-        let mut found = Vec::new();
-        for topic in topics {
-            match groups::positions(&*self.store, &topic, None).await {
-                Err(error) if error.kind() == ErrorKind::NotFound && !is_one => {}
-                positions => found.extend(positions?),
-            }
+        match topic {
+            Some(topic) => groups::all(&*self.store, std::slice::from_ref(topic), true).await,
+            None => groups::all(&*self.store, &self.store.all().await?, false).await,
         }
-        found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
-        Ok(found)
     }
 
     async fn group(&self, group: &Group, topic: &Topic) -> Result<Vec<GroupInfo>> {

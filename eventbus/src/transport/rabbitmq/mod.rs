@@ -22,7 +22,7 @@
 //! | `partitions` | 16 | of topics that are created on use; each is a stream |
 //! | `retention` | `7d` | age above which events are removed, settled or not, of topics that are created on use; `off` = kept |
 //! | `max_event_bytes` | 1 MiB | largest event; the server's own bound (`max_message_size`) is 16 MiB from 4.0 on |
-//! | `session` | 10 s | a member that is silent for so long loses its partitions |
+//! | `session` | 10 s | a member that is silent for so long (2 s at least) loses its partitions |
 //! | `timeout` | 10 s | longest wait for a connection or an answer; a publish without one is unknown then |
 //! | `ca` | the system's | file (PEM) of authorities to trust beside the system's |
 //! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the broker, and of its key |
@@ -61,7 +61,8 @@ use async_trait::async_trait;
 
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
-use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
+use super::kit::limits;
+use super::kit::queue::QueuedPublisher;
 use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
@@ -136,18 +137,11 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions > MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 1024"));
-        }
-        if self.max_event_bytes == 0 || self.max_event_bytes > MAX_WAITING_BYTES {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_secs(2) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 2s to 1h: heartbeats of AMQP are whole seconds"));
-        }
-        if self.timeout.is_zero() || self.timeout > Duration::from_secs(3600) {
-            return Err(Error::config("timeout must be longer than zero, and 1h at most"));
-        }
+        limits::partitions(self.partitions, MAX_PARTITIONS)?;
+        limits::max_event_bytes(self.max_event_bytes)?;
+        // Heartbeats of AMQP are whole seconds, and two of them must fit.
+        limits::session(self.session, Duration::from_secs(2))?;
+        limits::timeout(self.timeout)?;
         if self.retention.is_some_and(|age| age < Duration::from_secs(1)) {
             return Err(Error::config("retention must be 1s or more, or off"));
         }

@@ -27,6 +27,7 @@ use crate::name::Topic;
 use crate::transport::kit::leased::registers::{self, Ahead, Bounds, Entry, GroupDoc, Held, Registers};
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;
+use crate::transport::kit::tls;
 use crate::url::Url;
 
 /// Partitions that are looked at side by side.
@@ -82,7 +83,8 @@ impl Store {
                 }
             }
         };
-        wires.within(opening).await.map_err(|error| error.with("place", &wires.place))?;
+        let opened = wires.within(opening).await;
+        opened.map_err(|error| tls::at_opening(error).with("place", &wires.place))?;
         let (queue, rounds) = Queue::new(options.max_event_bytes);
         let store = Arc::new(Self {
             topics: Table::open(&wires, names::TOPICS.to_owned()),

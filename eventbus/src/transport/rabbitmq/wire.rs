@@ -18,7 +18,6 @@ use tokio::time::Instant;
 
 use super::Options;
 use crate::error::{Error, ErrorKind, Result};
-use crate::transport::kit::tls;
 use crate::url::Url;
 
 /// How long it is believed that the broker cannot be reached: all readers and publishers of a service ask for a
@@ -199,9 +198,6 @@ impl Wire {
         let connecting =
             builder.with_uri(uri).with_properties(properties).with_tls_config(target.tls.clone());
         connecting.connect().await.map_err(|error| {
-            if tls::is_refused(&error) {
-                return tls::refused(error);
-            }
             let failed = failed(error);
             match failed.kind() {
                 ErrorKind::Unauthorized => failed,

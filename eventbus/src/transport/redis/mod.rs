@@ -24,6 +24,9 @@
 //! | `ca` | the system's | file (PEM) of the authorities to trust |
 //! | `cert`, `key` | none | files (PEM) of the certificate that is shown to the server, and of its key |
 //!
+//! TLS takes the process's provider of cryptography (rustls); where the program installed none before it connects, this
+//! installs ring.
+//!
 //! Offsets pack an entry's id: milliseconds in the upper 42 bits, the counter within in the lower 22; they have
 //! gaps. Leases and delays are in the time of the server's clock. Settled events are removed by retention: never
 //! before every group has settled them. What waits to be published is bounded: 65,536 events and 64 MiB.
@@ -46,7 +49,8 @@ use async_trait::async_trait;
 
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
-use super::kit::queue::{MAX_WAITING_BYTES, QueuedPublisher};
+use super::kit::limits;
+use super::kit::queue::QueuedPublisher;
 use super::{Consumer, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
@@ -135,19 +139,10 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions > MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 4096"));
-        }
-        if self.max_event_bytes == 0 || self.max_event_bytes > MAX_WAITING_BYTES {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 100ms to 1h"));
-        }
-        if self.timeout.is_zero() {
-            return Err(Error::config("timeout must be longer than zero"));
-        }
-        Ok(())
+        limits::partitions(self.partitions, MAX_PARTITIONS)?;
+        limits::max_event_bytes(self.max_event_bytes)?;
+        limits::session(self.session, limits::SESSION)?;
+        limits::timeout(self.timeout)
     }
 }
 

@@ -87,7 +87,8 @@ fn client(url: &Url, files: &TlsFiles) -> Result<Client> {
         settings = settings.set_db(number);
     }
     let info = address.into_connection_info().map_err(from_redis)?.set_redis_settings(settings);
-    with_tls(info, files.read(tls, "say rediss://")?).map_err(from_redis)
+    with_tls(info, files.read(tls, "say rediss://")?)
+        .map_err(|error| Error::config("the files of TLS cannot be used").caused_by(error))
 }
 
 #[cfg(feature = "redis-tls")]
@@ -118,7 +119,8 @@ impl Store {
             let durability = probe(&mut connection, &options).await?;
             Ok((connection, durability))
         };
-        let (connection, durability) = opening.await.map_err(|error: Error| error.with("place", &place))?;
+        let (connection, durability) =
+            opening.await.map_err(|error: Error| tls::at_opening(error).with("place", &place))?;
         let (queue, rounds) = Queue::new(options.max_event_bytes);
         let store = Arc::new(Self {
             client,
@@ -341,7 +343,6 @@ pub(super) fn from_redis(error: RedisError) -> Error {
             | ServerErrorKind::MasterDown
             | ServerErrorKind::ReadOnly,
         ) => (ErrorKind::Unavailable, "the server cannot work now"),
-        _ if tls::is_refused(&error) => return tls::refused(error),
         _ if error.is_io_error() => (ErrorKind::Unavailable, "the server cannot be reached"),
         _ if error.is_timeout() => (ErrorKind::Unavailable, "the server did not answer in time"),
         _ if error.is_unrecoverable_error() => {

@@ -39,7 +39,7 @@ use async_trait::async_trait;
 use self::publisher::SqlitePublisher;
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
-use super::kit::queue::MAX_WAITING_BYTES;
+use super::kit::limits;
 use super::{Consumer, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
@@ -102,16 +102,9 @@ impl Options {
     }
 
     fn check(&self) -> Result<()> {
-        if self.partitions == 0 || self.partitions > schema::MAX_PARTITIONS {
-            return Err(Error::config("partitions must be 1 to 4096"));
-        }
-        if self.max_event_bytes == 0 || self.max_event_bytes > MAX_WAITING_BYTES {
-            return Err(Error::config("max_event_bytes must be 1 to 64 MiB"));
-        }
-        if self.session < Duration::from_millis(100) || self.session > Duration::from_secs(3600) {
-            return Err(Error::config("session must be 100ms to 1h"));
-        }
-        Ok(())
+        limits::partitions(self.partitions, schema::MAX_PARTITIONS)?;
+        limits::max_event_bytes(self.max_event_bytes)?;
+        limits::session(self.session, limits::SESSION)
     }
 }
 

@@ -43,6 +43,24 @@ pub(in crate::transport) async fn positions<R: Registers>(
     Ok(found)
 }
 
+/// The positions of all groups of topics. One that is asked for alone must exist; of all topics, one may be gone since
+/// they were listed.
+pub(in crate::transport) async fn all<R: Registers>(
+    store: &R,
+    topics: &[Topic],
+    must_exist: bool,
+) -> Result<Vec<GroupInfo>> {
+    let mut found = Vec::new();
+    for topic in topics {
+        match positions(store, topic, None).await {
+            Err(error) if error.kind() == ErrorKind::NotFound && !must_exist => {}
+            positions => found.extend(positions?),
+        }
+    }
+    found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
+    Ok(found)
+}
+
 async fn existing<R: Registers>(store: &R, topic: &Topic) -> Result<u32> {
     let found = store.existing(topic).await?;
     found.ok_or_else(|| Error::not_found("there is no such topic").with("topic", topic))

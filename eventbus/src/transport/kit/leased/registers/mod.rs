@@ -22,6 +22,7 @@ use tokio::sync::oneshot;
 
 pub(in crate::transport) use self::ahead::{Ahead, Item};
 pub(in crate::transport) use self::docs::{Clock, GroupDoc};
+use crate::admin::{Offset, PartitionInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
@@ -52,6 +53,14 @@ pub(in crate::transport) struct Bounds {
     pub(in crate::transport) first: u64,
     pub(in crate::transport) next: u64,
     pub(in crate::transport) n_kept: u64,
+}
+
+impl Bounds {
+    /// What operators see of them.
+    pub(in crate::transport) fn info(self, partition: usize) -> PartitionInfo {
+        let Self { first, next, n_kept } = self;
+        PartitionInfo::new(PartitionId(partition as u32), Offset(first), Offset(next)).with_kept(n_kept)
+    }
 }
 
 /// A map for groups, and partitions that are read ahead.
