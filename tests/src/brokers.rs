@@ -43,15 +43,6 @@ pub fn behind(kind: Kind) -> Result<(Broker, Proxy, String), String> {
     Ok((broker, proxy, url))
 }
 
-/// Waits until a broker has written what its topics need to be found after a crash. RabbitMQ (3.10.8) that is killed
-/// within a second of its first stream finds none of them again: the directory of its replicated logs is written later
-/// than what it names.
-pub async fn settled(kind: Kind) {
-    if kind == Kind::Rabbitmq {
-        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-    }
-}
-
 /// A transport on a broker of its own, which can be restarted, behind a wire that can fail.
 pub fn own(kind: Kind, child: &'static str) -> Subject {
     let (broker, proxy, url) = match behind(kind) {
@@ -64,7 +55,11 @@ pub fn own(kind: Kind, child: &'static str) -> Subject {
         .with_restart(move || {
             let broker = broker.clone();
             async move {
-                settled(kind).await;
+                if kind == Kind::Rabbitmq {
+                    // One that is killed within a second of its first stream finds none of them again (3.10.8): the
+                    // directory of its replicated logs is written later than what it names.
+                    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+                }
                 let restarting = tokio::task::spawn_blocking(move || broker.lock().restart());
                 restarting.await.map_err(|error| error.to_string()).and_then(|done| done).map_err(missing)
             }
