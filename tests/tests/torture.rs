@@ -1,5 +1,5 @@
 //! The torture, for a few seconds on each broker and on a file: nothing lost, nothing out of order, nothing from
-//! nowhere; and it finds the bugs that are planted. `cargo xtask torture` is the long form.
+//! nowhere, no panic, and an end; and it finds the bugs that are planted. `cargo xtask torture` is the long form.
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 use std::process::Command;
@@ -49,7 +49,13 @@ fn sqlite() {
 
 #[test]
 fn planted_bugs_are_found() {
-    for (bug, found) in [("ack-early", "loss"), ("retry-to-tail", "order"), ("lost-confirm", "loss")] {
+    for (bug, found) in [
+        ("ack-early", "loss"),
+        ("retry-to-tail", "order"),
+        ("lost-confirm", "loss"),
+        ("panics", "panic"),
+        ("never-ends", "end"),
+    ] {
         let (is_clean, said) = torture("redis", &["--bug", bug, "--seed", HARMFUL]);
         assert!(!is_clean && said.contains(&format!("VIOLATIONS  {found}")), "{bug}: {said}");
     }

@@ -16,7 +16,7 @@ pub(crate) struct Report {
     n_handled: u64,
     n_repeated: u64,
     longest_gap_ms: u64,
-    /// By what they are: order, loss, ghost.
+    /// By what they are: order, loss, ghost, panic, end.
     violations: BTreeMap<&'static str, Vec<String>>,
 }
 
@@ -25,7 +25,7 @@ impl Report {
         self.violations.is_empty()
     }
 
-    fn violated(&mut self, what: &'static str, how: String) {
+    pub(crate) fn violated(&mut self, what: &'static str, how: String) {
         self.violations.entry(what).or_default().push(how);
     }
 }
@@ -81,6 +81,21 @@ fn effects(folder: &Path) -> Result<Vec<(u64, String, u64)>, String> {
     lines.lines().map(|line| read(line).ok_or_else(|| format!("a torn line: {line}"))).collect()
 }
 
+/// What the logs of the processes say of panics.
+fn panics(folder: &Path) -> Result<Vec<(String, String)>, String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|error| error.to_string())?.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".log") {
+            let said = std::fs::read(entry.path()).map_err(|error| error.to_string())?;
+            let said = String::from_utf8_lossy(&said).into_owned();
+            let lines = said.lines().filter(|line| line.contains("panicked at"));
+            found.extend(lines.map(|line| (name.clone(), line.to_owned())));
+        }
+    }
+    Ok(found)
+}
+
 /// The time of day, in milliseconds: what effects are noted with.
 pub(crate) fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -125,6 +140,9 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
         if seen < *end {
             report.violated("loss", format!("{key} ends at {seen}, and {end} were confirmed"));
         }
+    }
+    for (log, line) in panics(folder)? {
+        report.violated("panic", format!("{log}: {line}"));
     }
     if report.n_confirmed == 0 {
         report.violated("proof", "nothing was confirmed: the run proved nothing".to_owned());

@@ -20,16 +20,22 @@ pub(crate) enum Bug {
     LostConfirm,
     /// What is parked is forgotten when a partition moves.
     ParkedForgotten,
+    /// A task panics, and all goes on.
+    Panics,
+    /// A producer does not come to an end.
+    NeverEnds,
 }
 
 impl Bug {
-    const ALL: [(&'static str, Self); 6] = [
+    const ALL: [(&'static str, Self); 8] = [
         ("none", Self::None),
         ("ack-early", Self::AckEarly),
         ("past-a-hole", Self::PastAHole),
         ("retry-to-tail", Self::RetryToTail),
         ("lost-confirm", Self::LostConfirm),
         ("parked-forgotten", Self::ParkedForgotten),
+        ("panics", Self::Panics),
+        ("never-ends", Self::NeverEnds),
     ];
 
     pub(crate) fn parse(name: &str) -> Result<Self, String> {

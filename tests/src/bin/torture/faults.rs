@@ -15,7 +15,7 @@ use crate::roles::N_PRODUCERS;
 const N_CONSUMERS: usize = 3;
 /// Silence after which a consumer loses what it has.
 const SESSION: Duration = Duration::from_secs(2);
-/// How long a producer may take for its last round when nothing disturbs any more.
+/// How long producers may take for their last round when nothing disturbs any more.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Consumers that handled nothing new for so long will not bring what is left.
 const STILL: Duration = Duration::from_secs(30);
@@ -138,10 +138,15 @@ pub(crate) fn run(
         proxy.set(Wire::Whole);
     }
     std::fs::write(folder.join("over"), "").map_err(|error| error.to_string())?;
+    let end = Instant::now() + if bug == Bug::None { PATIENCE } else { PATIENCE / 6 };
     for producer in &mut producers {
-        let end = Instant::now() + PATIENCE;
-        while producer.child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < end {
+        let mut is_on = || producer.child.try_wait().is_ok_and(|status| status.is_none());
+        while is_on() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(50));
+        }
+        if is_on() {
+            report
+                .violated("end", format!("{} did not end when nothing disturbed it any more", producer.name));
         }
     }
     let confirmed = account::confirmed(folder, N_PRODUCERS)?;

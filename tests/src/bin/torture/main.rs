@@ -18,7 +18,8 @@ const USAGE: &str = "usage: cargo xtask torture KIND|URL [--seconds N] [--seed S
   KIND   a broker that is started for it, and is killed and cut off too: kafka, nats, postgres, rabbitmq,
          redis, valkey
   URL    an address, such as sqlite:///tmp/t.db: only the processes on it are tortured
-  NAME   ack-early, past-a-hole, retry-to-tail, lost-confirm, parked-forgotten";
+  NAME   ack-early, past-a-hole, retry-to-tail, lost-confirm, parked-forgotten,
+         panics, never-ends";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

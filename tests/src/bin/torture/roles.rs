@@ -116,6 +116,9 @@ pub(crate) async fn produce(place: &Place) -> eventbus::Result<()> {
         log.write_all(lines.as_bytes()).map_err(written)?;
         tokio::time::sleep(PACE).await;
     }
+    if place.bug == Bug::NeverEnds {
+        std::future::pending::<()>().await;
+    }
     bus.close().await
 }
 
@@ -157,9 +160,18 @@ impl Hand {
     }
 }
 
+#[allow(clippy::panic, reason = "a bug that is planted")]
+fn broken() {
+    panic!("planted");
+}
+
 async fn handle(Typed(step): Typed<Step>, State(hand): State<Hand>) -> Result<(), Failure> {
     let is_parked = hand.forgettable.lock().contains_key(&step.key);
     let fails = fastrand::u32(..FAILS_ONE_IN) == 0;
+    if hand.bug == Bug::Panics && fails {
+        // Nobody waits for it.
+        drop(tokio::spawn(async { broken() }));
+    }
     match hand.bug {
         Bug::ParkedForgotten if is_parked || fails => hand.park(step),
         Bug::RetryToTail if fails => drop(hand.bus.publisher().await?.publish(&hand.topic, &step).await?),
