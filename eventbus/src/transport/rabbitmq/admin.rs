@@ -8,7 +8,7 @@ use super::store::Store;
 use super::topics::missing;
 use super::{MAX_PARTITIONS, RabbitMq, names};
 use crate::admin::{Admin, GroupInfo, Offset, Record, Retention, TopicInfo, TopicSpec};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
@@ -66,16 +66,8 @@ impl Admin for RabbitMq {
     }
 
     async fn topics(&self) -> Result<Vec<TopicInfo>> {
-        let mut found = Vec::new();
-        for topic in self.store.all().await? {
-            match self.store.describe(&topic).await {
-                Ok(info) => found.extend(info),
-                // Deleted since it was listed.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(found)
+        let listed = self.store.all().await?;
+        groups::topics(listed, |topic| async move { self.store.describe(&topic).await }).await
     }
 
     async fn topic(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
@@ -102,8 +94,8 @@ impl Admin for RabbitMq {
 
     async fn groups(&self, topic: Option<&Topic>) -> Result<Vec<GroupInfo>> {
         match topic {
-            Some(topic) => groups::all(&*self.store, std::slice::from_ref(topic), true).await,
-            None => groups::all(&*self.store, &self.store.all().await?, false).await,
+            Some(topic) => groups::all(&*self.store, vec![topic.clone()], true).await,
+            None => groups::all(&*self.store, self.store.all().await?, false).await,
         }
     }
 

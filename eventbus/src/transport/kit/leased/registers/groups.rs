@@ -1,13 +1,17 @@
 //! What operators see and change of groups whose entries are kept by [`Registers`].
 
 use futures_util::future::try_join_all;
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::docs::{CursorDoc, GroupDoc};
 use super::{Bounds, Entry, Held, Registers, changed_meanwhile};
-use crate::admin::{GroupInfo, Offset};
+use crate::admin::{GroupInfo, Offset, TopicInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::{Group, Topic};
 use crate::partition::PartitionId;
+
+/// So many topics are asked for at once.
+const AT_ONCE: usize = 16;
 
 /// The positions of one group of a topic, or of all.
 pub(in crate::transport) async fn positions<R: Registers>(
@@ -47,18 +51,47 @@ pub(in crate::transport) async fn positions<R: Registers>(
 /// they were listed.
 pub(in crate::transport) async fn all<R: Registers>(
     store: &R,
-    topics: &[Topic],
+    topics: Vec<Topic>,
     must_exist: bool,
 ) -> Result<Vec<GroupInfo>> {
-    let mut found = Vec::new();
-    for topic in topics {
-        match positions(store, topic, None).await {
-            Err(error) if error.kind() == ErrorKind::NotFound && !must_exist => {}
-            positions => found.extend(positions?),
+    let found = each(topics, |topic| async move {
+        match positions(store, &topic, None).await {
+            Err(error) if error.kind() == ErrorKind::NotFound && !must_exist => Ok(Vec::new()),
+            positions => positions,
         }
-    }
+    });
+    let mut found: Vec<_> = found.await?.into_iter().flatten().collect();
     found.sort_by(|a, b| (&a.group, &a.topic, a.partition).cmp(&(&b.group, &b.topic, b.partition)));
     Ok(found)
+}
+
+/// What `describe` says of topics, in their order; one may be gone since they were listed.
+pub(in crate::transport) async fn topics<F>(
+    topics: Vec<Topic>,
+    describe: impl Fn(Topic) -> F,
+) -> Result<Vec<TopicInfo>>
+where
+    F: Future<Output = Result<Option<TopicInfo>>>,
+{
+    let found = each(topics, |topic| {
+        let described = describe(topic);
+        async move {
+            match described.await {
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                described => described,
+            }
+        }
+    });
+    Ok(found.await?.into_iter().flatten().collect())
+}
+
+/// Asks for several topics at once, as each answer is a few round trips away. The topics are owned: a borrowed one
+/// would make futures that the boxed methods of `Admin` cannot hold.
+async fn each<T, F>(topics: Vec<Topic>, ask: impl FnMut(Topic) -> F) -> Result<Vec<T>>
+where
+    F: Future<Output = Result<T>>,
+{
+    stream::iter(topics.into_iter().map(ask)).buffered(AT_ONCE).try_collect().await
 }
 
 async fn existing<R: Registers>(store: &R, topic: &Topic) -> Result<u32> {
