@@ -9,8 +9,8 @@ use crate::error::{Class, Error};
 /// Why a handler did not handle.
 ///
 /// `?` turns errors into failures by their type: an [`Error`] of the bus by its class, an
-/// `std::io::Error` as transient unless it says otherwise, a `serde_json::Error` as poison, anything
-/// else as transient. It is no `std::error::Error` itself, so that this conversion can exist.
+/// `std::io::Error` as transient unless it says otherwise, a `serde_json::Error` as poison, an `sqlx::Error`
+/// (feature `sqlx`) by its code, anything else as transient. It is no `std::error::Error` itself, so that this conversion can exist.
 #[derive(Clone)]
 pub struct Failure {
     class: Class,
@@ -101,6 +101,8 @@ impl<E: std::error::Error + Send + Sync + 'static> From<E> for Failure {
         let any: &(dyn std::error::Error + 'static) = &error;
         let (class, code) = if let Some(bus) = any.downcast_ref::<Error>() {
             (bus.kind().class(), format!("bus.{}", bus.kind()).replace(' ', "_").into())
+        } else if let Some(meant) = of_database(any) {
+            meant
         } else if let Some(json) = any.downcast_ref::<serde_json::Error>() {
             (if json.is_io() { Class::Transient } else { Class::Poison }, Cow::Borrowed("json"))
         } else if let Some(io) = any.downcast_ref::<std::io::Error>() {
@@ -122,6 +124,20 @@ impl<E: std::error::Error + Send + Sync + 'static> From<E> for Failure {
             by_panic: false,
         }
     }
+}
+
+/// What an error of a database means for a handler. A row that is not there may come yet.
+#[cfg(feature = "sqlx")]
+fn of_database(error: &(dyn std::error::Error + 'static)) -> Option<(Class, Cow<'static, str>)> {
+    let error = error.downcast_ref::<sqlx::Error>()?;
+    let (kind, _) = crate::sql::meaning(error);
+    let class = if matches!(error, sqlx::Error::RowNotFound) { Class::Transient } else { kind.class() };
+    Some((class, format!("sql.{kind}").replace(' ', "_").into()))
+}
+
+#[cfg(not(feature = "sqlx"))]
+fn of_database(_: &(dyn std::error::Error + 'static)) -> Option<(Class, Cow<'static, str>)> {
+    None
 }
 
 impl fmt::Debug for Failure {
@@ -153,5 +169,13 @@ mod tests {
             Class::Transient
         );
         assert_eq!(Failure::from(std::fmt::Error).class(), Class::Transient);
+        #[cfg(feature = "sqlx")]
+        for (error, class) in [
+            (sqlx::Error::RowNotFound, Class::Transient),
+            (sqlx::Error::PoolTimedOut, Class::Transient),
+            (sqlx::Error::ColumnNotFound("x".into()), Class::Permanent),
+        ] {
+            assert_eq!(Failure::from(error).class(), class);
+        }
     }
 }

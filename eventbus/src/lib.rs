@@ -60,6 +60,8 @@ mod parking;
 pub mod partition;
 mod request;
 mod service;
+#[cfg(feature = "sqlx")]
+pub mod sql;
 mod subscription;
 #[cfg(feature = "testing")]
 pub mod testing;

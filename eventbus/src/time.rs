@@ -1,8 +1,10 @@
 //! Times as RFC 3339 text, and as the nanoseconds that stores keep.
 
+#[cfg(any(test, feature = "boot-clock", feature = "postgres"))]
+use std::time::Duration;
 use std::time::SystemTime;
 #[cfg(any(test, feature = "postgres", feature = "sqlite"))]
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 /// Writes a time as RFC 3339 in UTC, with as many digits as it needs.
 pub fn to_rfc3339(time: SystemTime) -> String {
@@ -12,6 +14,22 @@ pub fn to_rfc3339(time: SystemTime) -> String {
 /// Reads an RFC 3339 time with any offset; `None` if it is not one.
 pub fn from_rfc3339(text: &str) -> Option<SystemTime> {
     text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
+}
+
+/// How long this machine runs: a clock that all its processes read alike and nobody can set (clock_gettime(2),
+/// `CLOCK_MONOTONIC`). It means nothing in another boot.
+#[cfg(feature = "boot-clock")]
+pub fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or_default())
+}
+
+/// Names the present boot of the machine; empty where the system has no such name.
+#[cfg(feature = "boot-clock")]
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|id| id.trim().to_owned())
+        .unwrap_or_default()
 }
 
 /// Nanoseconds since 1970; of times out of range the nearest.

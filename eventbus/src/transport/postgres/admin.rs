@@ -7,7 +7,6 @@ use sqlx::pool::PoolConnection;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::row::{event_columns, stored};
-use super::schema::from_sqlx;
 use super::store::Store;
 use super::{Postgres, membership, retention, topics};
 use crate::admin::{Admin, GroupInfo, Offset, PartitionInfo, Record, Retention, TopicInfo, TopicSpec};
@@ -15,6 +14,7 @@ use crate::error::Result;
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
+use crate::sql::from_sqlx;
 use crate::time::to_nanos;
 use crate::transport::kit::refusals;
 use crate::transport::kit::texts::Texts;

@@ -5,10 +5,10 @@ use std::time::{Duration, SystemTime};
 
 use sqlx::Row;
 
-use super::schema::from_sqlx;
 use super::store::Store;
 use crate::error::Result;
 use crate::fitness::Probe;
+use crate::sql::from_sqlx;
 use crate::time::to_nanos;
 
 /// A transaction that is open for so long keeps dead rows from being removed, and the tables grow.

@@ -10,9 +10,9 @@ use tokio::sync::watch;
 
 use super::membership::{self, GroupRow, Seat};
 use super::row::{event_columns, stored};
-use super::schema::from_sqlx;
 use super::store::{LOOK_EVERY, Store};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sql::from_sqlx;
 use crate::subscription::Subscription;
 use crate::transport::kit::leased::{self, Fetched, Look, Progress, Standing, Wanted};
 use crate::transport::kit::texts::Texts;

@@ -7,11 +7,11 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection, Row};
 use tokio::time::Instant;
 
-use super::schema::from_sqlx;
 use super::topics;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
+use crate::sql::from_sqlx;
 use crate::subscription::{Audience, Start, Subscription};
 use crate::time::to_nanos;
 use crate::transport::kit::cursor::Past;

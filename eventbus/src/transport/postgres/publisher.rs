@@ -8,13 +8,13 @@ use sqlx::pool::PoolConnection;
 use sqlx::{Connection, PgConnection, Postgres, Row};
 
 use super::row::Columns;
-use super::schema::{from_sqlx, is_unknown};
 use super::store::Store;
 use super::topics;
 use crate::admin::Offset;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::{self, PartitionId};
+use crate::sql::{from_sqlx, is_unknown};
 use crate::transport::Receipt;
 use crate::transport::kit::queue::{Queued, Rounds};
 

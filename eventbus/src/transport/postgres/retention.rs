@@ -6,9 +6,9 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection, Row};
 
 use super::membership;
-use super::schema::from_sqlx;
 use super::store::Store;
 use crate::error::Result;
+use crate::sql::from_sqlx;
 
 const TRIM_EVERY: Duration = Duration::from_secs(10);
 /// Events removed of a partition in one pass, so that producers never wait long behind it.

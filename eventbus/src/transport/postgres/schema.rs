@@ -3,6 +3,7 @@
 use sqlx::{Connection, PgConnection, Row};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::sql::from_sqlx;
 
 /// The version this code reads and writes.
 const VERSION: &str = "1";
@@ -86,74 +87,9 @@ fn known(version: &str) -> Result<()> {
     }
 }
 
-/// Classes an error once, where its code is known ("PostgreSQL Error Codes", appendix A of the manual).
-pub(super) fn from_sqlx(error: sqlx::Error) -> Error {
-    let (kind, message) = match &error {
-        sqlx::Error::Database(database) => of_code(&database.code().unwrap_or_default()),
-        sqlx::Error::PoolTimedOut => (ErrorKind::Unavailable, "the server gave no connection in time"),
-        sqlx::Error::PoolClosed => (ErrorKind::Closed, "the transport is closed"),
-        sqlx::Error::Tls(_) => (ErrorKind::Unavailable, "TLS with the server failed"),
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
-            (ErrorKind::Unavailable, "the connection to the server was lost")
-        }
-        sqlx::Error::Configuration(_) => (ErrorKind::Config, "the address or its options cannot be used"),
-        _ => (ErrorKind::Unexpected, "the server's answer was not understood"),
-    };
-    Error::new(kind, message).caused_by(error)
-}
-
-fn of_code(code: &str) -> (ErrorKind, &'static str) {
-    match code {
-        "28000" | "28P01" => (ErrorKind::Unauthorized, "the server refused the user or the password"),
-        "42501" => (ErrorKind::Unauthorized, "the user lacks a right"),
-        "3D000" => (ErrorKind::NotFound, "there is no such database"),
-        "42P01" => (ErrorKind::NotFound, "the tables are gone"),
-        "53100" => (ErrorKind::Full, "the server's disk is full"),
-        "25006" => {
-            (ErrorKind::Unavailable, "the server takes no writes: it is a replica or is set read-only")
-        }
-        "54000" => (ErrorKind::TooLarge, "a value is too large for the server"),
-        "55P03" => (ErrorKind::Unavailable, "another transaction holds a lock for too long"),
-        "40001" | "40P01" => (ErrorKind::Unavailable, "the server asks to try the transaction again"),
-        "57014" => (ErrorKind::Timeout, "the server ended the statement"),
-        _ if code.starts_with("08")
-            || code.starts_with("53")
-            || code.starts_with("57P")
-            || code.starts_with("58") =>
-        {
-            (ErrorKind::Unavailable, "the server cannot work now")
-        }
-        _ => (ErrorKind::Unexpected, "the server refused a statement"),
-    }
-}
-
-/// Tells whether a failed write may have been stored all the same: the connection ended before its answer.
-pub(super) fn is_unknown(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
-        // A server that shuts down may say so after the commit, while it waits for a replica.
-        sqlx::Error::Database(database) => database.code().is_some_and(|code| code.starts_with("57P")),
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn codes_have_kinds() {
-        for (code, kind) in [
-            ("28P01", ErrorKind::Unauthorized),
-            ("53100", ErrorKind::Full),
-            ("53300", ErrorKind::Unavailable),
-            ("57P01", ErrorKind::Unavailable),
-            ("40P01", ErrorKind::Unavailable),
-            ("22012", ErrorKind::Unexpected),
-        ] {
-            assert_eq!(of_code(code).0, kind, "{code}");
-        }
-    }
 
     #[test]
     fn only_our_version_is_taken() {

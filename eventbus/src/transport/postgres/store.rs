@@ -12,9 +12,10 @@ use tokio::sync::mpsc;
 
 use super::Options;
 use super::publisher;
-use super::schema::{self, from_sqlx};
+use super::schema;
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
+use crate::sql::from_sqlx;
 use crate::transport::kit::bells::Bells;
 use crate::transport::kit::queue::Queue;
 use crate::transport::kit::tasks::Tasks;

@@ -2,11 +2,11 @@
 
 use sqlx::{PgConnection, Row};
 
-use super::schema::from_sqlx;
 use super::store::Store;
 use crate::admin::{Retention, TopicSpec};
 use crate::error::{Error, Result};
 use crate::name::Topic;
+use crate::sql::from_sqlx;
 use crate::time::nanos;
 use crate::transport::kit::refusals;
 

@@ -9,12 +9,12 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-pub(super) use crate::time::{from_nanos, nanos, to_nanos};
+use crate::time::since_boot;
+pub(super) use crate::time::{boot_id, from_nanos, nanos, to_nanos};
 
 /// Nanoseconds of the machine's monotonic clock.
 pub(super) fn monotonic() -> i64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    now.tv_sec.saturating_mul(1_000_000_000).saturating_add(now.tv_nsec)
+    nanos(since_boot())
 }
 
 /// Nanoseconds since 1970 by the wall clock.
@@ -26,13 +26,6 @@ pub(super) fn wall() -> i64 {
 pub(super) fn to_instant(deadline: i64, now: Instant, now_monotonic: i64) -> Instant {
     let left = u64::try_from(deadline.saturating_sub(now_monotonic)).unwrap_or(0);
     now.checked_add(Duration::from_nanos(left)).unwrap_or(now)
-}
-
-/// Names the present boot of the machine; empty where the system has no such name.
-pub(super) fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|id| id.trim().to_owned())
-        .unwrap_or_default()
 }
 
 #[cfg(test)]
