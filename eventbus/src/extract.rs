@@ -5,25 +5,42 @@ use std::num::NonZeroU32;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
+use crate::admin::Offset;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 use crate::event::Message;
 use crate::failure::Failure;
 use crate::header::Headers;
 use crate::name::{Group, Topic};
+use crate::outcome::Outcome;
+use crate::partition::PartitionId;
 use crate::transport::Delivery;
+use crate::unit::Unit;
 
 /// One delivery on its way to a handler.
 #[derive(Debug)]
 pub struct Context {
     pub(crate) topic: Topic,
     pub(crate) group: Group,
+    pub(crate) handler: &'static str,
     pub(crate) delivery: Delivery,
     pub(crate) envelope: Envelope,
+    unit: Mutex<Option<Box<dyn Unit>>>,
 }
 
 impl Context {
+    pub(crate) fn new(
+        topic: Topic,
+        group: Group,
+        handler: &'static str,
+        delivery: Delivery,
+        envelope: Envelope,
+    ) -> Self {
+        Self { topic, group, handler, delivery, envelope, unit: Mutex::new(None) }
+    }
+
     /// Returns the event with all its attributes.
     pub fn envelope(&self) -> &Envelope {
         &self.envelope
@@ -39,9 +56,41 @@ impl Context {
         &self.group
     }
 
+    /// Returns the name of the handler: that of its function.
+    pub fn handler(&self) -> &'static str {
+        self.handler
+    }
+
+    /// Returns the partition it came from.
+    pub fn partition(&self) -> PartitionId {
+        self.delivery.partition
+    }
+
+    /// Returns its place in the partition, where the transport has places.
+    pub fn offset(&self) -> Option<Offset> {
+        self.delivery.offset
+    }
+
     /// Returns how often it was delivered, from 1; `None` where the transport does not count.
     pub fn attempt(&self) -> Option<NonZeroU32> {
         self.delivery.attempt
+    }
+
+    /// Ends a unit of work with this run, as [`Unit`] says.
+    ///
+    /// # Errors
+    /// A permanent failure if the run has a unit already: two cannot end as one.
+    pub fn enlist(&self, unit: impl Unit + 'static) -> Result<(), Failure> {
+        let mut enlisted = self.unit.lock();
+        if enlisted.is_some() {
+            return Err(Failure::permanent("unit.second", "a handler can have one unit of work, such as Tx"));
+        }
+        *enlisted = Some(Box::new(unit));
+        Ok(())
+    }
+
+    pub(crate) fn take_unit(&self) -> Option<Box<dyn Unit>> {
+        self.unit.lock().take()
     }
 }
 
@@ -57,8 +106,11 @@ pub trait Extract<S>: Sized + Send {
     /// Whether that is a command, which has one owner.
     const IS_COMMAND: bool = false;
 
-    /// Takes the argument from a delivery. A failure is the handler's outcome.
-    fn extract(context: &Context, state: &S) -> impl Future<Output = Result<Self, Failure>> + Send;
+    /// Takes the argument from a delivery.
+    ///
+    /// # Errors
+    /// The run's outcome, without a run of the handler: a [`Failure`], or [`Outcome::duplicate`].
+    fn extract(context: &Context, state: &S) -> impl Future<Output = Result<Self, Outcome>> + Send;
 }
 
 /// The decoded message. A body that does not decode is dead-lettered with its bytes.
@@ -69,10 +121,10 @@ impl<M: Message, S: Sync> Extract<S> for Typed<M> {
     const MESSAGE: Option<(&'static str, u32)> = Some((M::TYPE, M::VERSION));
     const IS_COMMAND: bool = M::IS_COMMAND;
 
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         match context.envelope.decode() {
             Ok(message) => Ok(Self(message)),
-            Err(error) => Err(Failure::poison("decode", error)),
+            Err(error) => Err(Failure::poison("decode", error).into()),
         }
     }
 }
@@ -94,7 +146,7 @@ impl<S: Clone> FromState<S> for S {
 }
 
 impl<S: Sync, T: FromState<S> + Send> Extract<S> for State<T> {
-    async fn extract(_: &Context, state: &S) -> Result<Self, Failure> {
+    async fn extract(_: &Context, state: &S) -> Result<Self, Outcome> {
         Ok(Self(T::from_state(state)))
     }
 }
@@ -104,13 +156,13 @@ impl<S: Sync, T: FromState<S> + Send> Extract<S> for State<T> {
 pub struct Meta(pub Envelope);
 
 impl<S: Sync> Extract<S> for Meta {
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         Ok(Self(context.envelope.clone()))
     }
 }
 
 impl<S: Sync> Extract<S> for Headers {
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         Ok(context.envelope.headers().clone())
     }
 }
@@ -120,7 +172,7 @@ impl<S: Sync> Extract<S> for Headers {
 pub struct Raw(pub Bytes);
 
 impl<S: Sync> Extract<S> for Raw {
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         Ok(Self(context.envelope.payload().cloned().unwrap_or_default()))
     }
 }
@@ -139,7 +191,7 @@ impl Deadline {
 }
 
 impl<S: Sync> Extract<S> for Deadline {
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         Ok(Self(context.envelope.expiry()))
     }
 }
@@ -149,11 +201,12 @@ impl<S: Sync> Extract<S> for Deadline {
 pub struct Attempt(pub NonZeroU32);
 
 impl<S: Sync> Extract<S> for Attempt {
-    async fn extract(context: &Context, _: &S) -> Result<Self, Failure> {
+    async fn extract(context: &Context, _: &S) -> Result<Self, Outcome> {
         match context.attempt() {
             Some(attempt) => Ok(Self(attempt)),
             None => {
-                Err(Error::new(ErrorKind::Unsupported, "this transport does not count deliveries").into())
+                let error = Error::new(ErrorKind::Unsupported, "this transport does not count deliveries");
+                Err(Failure::from(error).into())
             }
         }
     }

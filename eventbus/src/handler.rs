@@ -70,7 +70,7 @@ macro_rules! handler {
                 $(
                     let $argument = match $argument::extract(context, state).await {
                         Ok(value) => value,
-                        Err(failure) => return failure.into_outcome(),
+                        Err(outcome) => return outcome,
                     };
                 )*
                 self($($argument),*).await.into_outcome()

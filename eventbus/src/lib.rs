@@ -68,6 +68,7 @@ pub mod testing;
 mod text;
 pub mod time;
 pub mod transport;
+mod unit;
 pub mod url;
 mod versions;
 
@@ -99,6 +100,7 @@ pub use self::transport::{
     Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled,
     Token, Transport, Undecodable,
 };
+pub use self::unit::Unit;
 pub use self::versions::OtherVersions;
 
 // The derives name this crate by its own path; tests inside it are users too.

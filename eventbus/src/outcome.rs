@@ -12,6 +12,26 @@ use crate::name::Topic;
 pub struct Outcome {
     pub(crate) verdict: Result<(), Failure>,
     pub(crate) outputs: Vec<Output>,
+    /// The handler was not run: it had succeeded before.
+    pub(crate) is_duplicate: bool,
+}
+
+impl Outcome {
+    /// The event was handled before: it is settled and counted as a duplicate, and the handler is not run. For
+    /// extractors that remember what was done.
+    pub fn duplicate() -> Self {
+        Self { is_duplicate: true, ..Self::ended(Ok(()), Vec::new()) }
+    }
+
+    fn ended(verdict: Result<(), Failure>, outputs: Vec<Output>) -> Self {
+        Self { verdict, outputs, is_duplicate: false }
+    }
+}
+
+impl From<Failure> for Outcome {
+    fn from(failure: Failure) -> Self {
+        failure.into_outcome()
+    }
 }
 
 #[derive(Debug)]
@@ -121,22 +141,20 @@ pub trait IntoOutcome {
 
 impl IntoOutcome for () {
     fn into_outcome(self) -> Outcome {
-        Outcome { verdict: Ok(()), outputs: Vec::new() }
+        Outcome::ended(Ok(()), Vec::new())
     }
 }
 
 impl IntoOutcome for Failure {
     fn into_outcome(self) -> Outcome {
-        Outcome { verdict: Err(self), outputs: Vec::new() }
+        Outcome::ended(Err(self), Vec::new())
     }
 }
 
 impl<E: Event> IntoOutcome for Emit<E> {
     fn into_outcome(self) -> Outcome {
         match Envelope::of(&self.0, "/") {
-            Ok(envelope) => {
-                Outcome { verdict: Ok(()), outputs: vec![Output { to: To::Route, id: None, envelope }] }
-            }
+            Ok(envelope) => Outcome::ended(Ok(()), vec![Output { to: To::Route, id: None, envelope }]),
             Err(error) => Failure::from(error).into_outcome(),
         }
     }
@@ -145,9 +163,7 @@ impl<E: Event> IntoOutcome for Emit<E> {
 impl<R: Message> IntoOutcome for Reply<R> {
     fn into_outcome(self) -> Outcome {
         match Envelope::of(&self.0, "/") {
-            Ok(envelope) => {
-                Outcome { verdict: Ok(()), outputs: vec![Output { to: To::Asker, id: None, envelope }] }
-            }
+            Ok(envelope) => Outcome::ended(Ok(()), vec![Output { to: To::Asker, id: None, envelope }]),
             Err(error) => Failure::from(error).into_outcome(),
         }
     }
@@ -161,7 +177,7 @@ impl<E: Event> IntoOutcome for Option<Emit<E>> {
 
 impl IntoOutcome for Emits {
     fn into_outcome(self) -> Outcome {
-        Outcome { verdict: Ok(()), outputs: self.0 }
+        Outcome::ended(Ok(()), self.0)
     }
 }
 

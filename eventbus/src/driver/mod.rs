@@ -49,6 +49,8 @@ pub struct Counts {
     pub unknown: u64,
     /// Events that came after their `expirytime` and were not handled.
     pub expired: u64,
+    /// Deliveries of events that were handled before, whose handler was not run again.
+    pub duplicates: u64,
     /// Events that are parked now: they wait for an attempt, or behind an event of their key.
     pub parked: u64,
     /// Keys that wait now for an operator, because an event of theirs was dead-lettered.
@@ -65,6 +67,7 @@ impl std::ops::AddAssign for Counts {
         self.dead_lettered += other.dead_lettered;
         self.unknown += other.unknown;
         self.expired += other.expired;
+        self.duplicates += other.duplicates;
         self.parked += other.parked;
         self.held += other.held;
         self.in_flight += other.in_flight;

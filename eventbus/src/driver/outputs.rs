@@ -22,18 +22,34 @@ pub(super) async fn publish(
     outputs: Vec<Output>,
     hop: Option<Hop>,
 ) -> Result<()> {
+    let outputs = complete(subscribed, route, context, outputs, hop).await?;
     let mut confirms = Vec::with_capacity(outputs.len());
+    for (topic, envelope) in outputs {
+        confirms.push(subscribed.publisher.enqueue(&topic, vec![envelope]).await?);
+    }
+    for confirm in confirms {
+        confirm.await.all()?;
+    }
+    Ok(())
+}
+
+/// Gives what a handler emitted its topics and all that says where it comes from.
+pub(super) async fn complete(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    outputs: Vec<Output>,
+    hop: Option<Hop>,
+) -> Result<Vec<(Topic, Envelope)>> {
+    let mut completed = Vec::with_capacity(outputs.len());
     for (at, output) in outputs.into_iter().enumerate() {
-        let asker;
-        let topic: &Topic = match (&output.to, &route.emit_to) {
-            (To::Topic(topic), _) | (To::Route, Some(topic)) => topic,
+        let topic = match (output.to, &route.emit_to) {
+            (To::Topic(topic), _) => topic,
+            (To::Route, Some(topic)) => topic.clone(),
             (To::Asker, _) => match asker_of(context) {
                 // An inbox that is gone is not made again by an answer.
                 Some(found) if !is_open(subscribed, &found).await? => continue,
-                Some(found) => {
-                    asker = found;
-                    &asker
-                }
+                Some(found) => found,
                 None => continue,
             },
             (To::Route, None) => {
@@ -41,17 +57,14 @@ pub(super) async fn publish(
                     .with("handler", route.name));
             }
         };
-        let envelope = complete(subscribed, route, context, output.envelope, output.id, at);
+        let envelope = signed(subscribed, route, context, output.envelope, output.id, at);
         let envelope = match hop {
             Some(hop) => hop.mark(envelope),
             None => envelope,
         };
-        confirms.push(subscribed.publisher.enqueue(topic, vec![envelope]).await?);
+        completed.push((topic, envelope));
     }
-    for confirm in confirms {
-        confirm.await.all()?;
-    }
-    Ok(())
+    Ok(completed)
 }
 
 /// Where the answer to an event goes, if somebody still waits for one.
@@ -84,7 +97,7 @@ pub(super) async fn refuse(
     let answer = Envelope::new(FAILED, "/")
         .with_extension(FAILURE_CODE, failure.code())
         .with_extension(FAILURE_MESSAGE, said);
-    let answer = complete(subscribed, route, context, answer, None, 0);
+    let answer = signed(subscribed, route, context, answer, None, 0);
     let sent = async { subscribed.publisher.enqueue(&asker, vec![answer]).await?.await.all() };
     if let Err(error) = sent.await {
         tracing::warn!(%error, topic = %asker, "whoever asked could not be told of the failure");
@@ -92,7 +105,7 @@ pub(super) async fn refuse(
 }
 
 /// Gives an output its id, source, cause and conversation.
-fn complete(
+fn signed(
     subscribed: &Subscribed,
     route: &BoundRoute,
     context: &Context,

@@ -76,6 +76,7 @@ pub(super) struct Counters {
     pub(super) dead_lettered: AtomicU64,
     pub(super) unknown: AtomicU64,
     pub(super) expired: AtomicU64,
+    pub(super) duplicates: AtomicU64,
 }
 
 impl Subscribed {
@@ -163,8 +164,8 @@ impl Subscribed {
     }
 
     /// A delivery on its way to a handler.
-    pub(super) fn context(&self, delivery: Delivery, envelope: Envelope) -> Context {
-        Context { topic: self.topic.clone(), group: self.group.clone(), delivery, envelope }
+    pub(super) fn context(&self, route: &BoundRoute, delivery: Delivery, envelope: Envelope) -> Context {
+        Context::new(self.topic.clone(), self.group.clone(), route.name, delivery, envelope)
     }
 
     /// Counts a retry, and says how long until then.
@@ -302,6 +303,7 @@ impl Subscribed {
             dead_lettered: read(&self.counters.dead_lettered),
             unknown: read(&self.counters.unknown),
             expired: read(&self.counters.expired),
+            duplicates: read(&self.counters.duplicates),
             parked,
             held,
             in_flight: self.books.len() as u64,

@@ -65,7 +65,7 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
         subscribed.counters.unknown.fetch_add(1, Atomic::Relaxed);
         return Settle::Ack;
     };
-    let context = subscribed.context(delivery, envelope);
+    let context = subscribed.context(route, delivery, envelope);
     if subscribed.is_expired(&context.envelope) {
         return Settle::Ack;
     }
@@ -116,7 +116,7 @@ pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) ->
         match (route, plain) {
             (Some(route @ BoundRoute { handling: Handling::Batch { handler, .. }, .. }), Some(envelope)) => {
                 batch = Some((route, handler));
-                contexts.push(subscribed.context(one, envelope));
+                contexts.push(subscribed.context(route, one, envelope));
                 places.push(at);
             }
             _ => settles[at] = delivery(subscribed, one).await,

@@ -66,7 +66,7 @@ async fn run_head(subscribed: &Subscribed, place: &Place, waiting: &Waiting) -> 
     let delivery = Delivery::new(Token::new(0, 0), place.partition, Content::Envelope(envelope.clone()))
         .with_offset(parked.origin)
         .with_attempt(NonZeroU32::new(attempt).unwrap_or(NonZeroU32::MIN));
-    let context = subscribed.context(delivery, envelope);
+    let context = subscribed.context(route, delivery, envelope);
     let failure = if parked.attempts >= retry.attempts.get() {
         // Its last run was begun and never ended.
         let runs = parked.attempts;

@@ -84,7 +84,8 @@ pub(super) async fn run(
     }
 }
 
-/// Publishes what a run emitted, and books how it ended. Returns why it failed, if it did.
+/// Ends a run: publishes what it emitted, or commits it with its unit of work; and books how it ended. Returns why it
+/// failed, if it did.
 pub(super) async fn conclude(
     subscribed: &Subscribed,
     route: &BoundRoute,
@@ -93,14 +94,27 @@ pub(super) async fn conclude(
     hop: Option<Hop>,
     started: Option<Instant>,
 ) -> Option<Failure> {
-    let n_sent = outcome.outputs.len();
-    let failure = match outcome.verdict {
-        Ok(()) if n_sent == 0 => None,
-        Ok(()) => {
-            let sent = outputs::publish(subscribed, route, context, outcome.outputs, hop).await;
+    let Outcome { verdict, outputs, is_duplicate } = outcome;
+    let n_sent = outputs.len();
+    let failure = match (verdict, context.take_unit()) {
+        (Ok(()), None) if n_sent == 0 => None,
+        (Ok(()), None) => {
+            let sent = outputs::publish(subscribed, route, context, outputs, hop).await;
             sent.err().map(Failure::from)
         }
-        Err(failure) => Some(failure),
+        (Ok(()), Some(unit)) => match outputs::complete(subscribed, route, context, outputs, hop).await {
+            Ok(outputs) => unit.commit(outputs).await.err(),
+            Err(error) => {
+                unit.abandon().await;
+                Some(error.into())
+            }
+        },
+        (Err(failure), unit) => {
+            if let Some(unit) = unit {
+                unit.abandon().await;
+            }
+            Some(failure)
+        }
     };
     let class = failure.as_ref().map(Failure::class);
     if let Some(started) = started {
@@ -109,7 +123,9 @@ pub(super) async fn conclude(
     }
     if failure.is_none() {
         subscribed.breaker.succeeded();
-        subscribed.counters.handled.fetch_add(1, Atomic::Relaxed);
+        let counters = &subscribed.counters;
+        let counter = if is_duplicate { &counters.duplicates } else { &counters.handled };
+        counter.fetch_add(1, Atomic::Relaxed);
     }
     if let Some(observer) = &subscribed.observer {
         observer.ran(route.name, context, failure.as_ref());
