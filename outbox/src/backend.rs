@@ -1,0 +1,125 @@
+//! The databases that an outbox can be in.
+
+use std::fmt::Debug;
+use std::future::Future;
+use std::sync::Arc;
+
+use eventbus::{Error, ErrorKind, Result};
+use sqlx::{Database, Pool};
+
+use crate::namespace::Namespace;
+use crate::row::Row;
+use crate::store::Store;
+
+pub(crate) mod sealed {
+    pub trait Sealed {}
+}
+
+/// How a handler's event is known to be handled.
+#[doc(hidden)]
+#[derive(Debug)]
+pub enum Known<'a> {
+    /// By its own id.
+    Message { consumer: &'a str, id: uuid::Uuid },
+    /// By its number in its key.
+    Sequence { consumer: &'a str, source: &'a str, key: &'a [u8], seq: i64 },
+}
+
+/// A database of `sqlx` whose transactions can hold events: `sqlx::Postgres` and `sqlx::Sqlite`, with the feature of the
+/// same name.
+///
+/// It is sealed: what is asked of a database is proven for each.
+pub trait Backend: Database + sealed::Sealed {
+    /// Whether one transaction writes at a time.
+    #[doc(hidden)]
+    const HAS_ONE_WRITER: bool;
+
+    /// The statements, with the tables' names in them.
+    #[doc(hidden)]
+    type Statements: Debug + Send + Sync + 'static;
+
+    #[doc(hidden)]
+    fn statements(namespace: &Namespace) -> Self::Statements;
+
+    #[doc(hidden)]
+    fn migrate(pool: &Pool<Self>, namespace: &Namespace) -> impl Future<Output = Result<()>> + Send;
+
+    #[doc(hidden)]
+    fn begin(
+        pool: &Pool<Self>,
+    ) -> impl Future<Output = sqlx::Result<sqlx::Transaction<'static, Self>>> + Send;
+
+    /// Stores events; returns by what the transaction can be found out.
+    #[doc(hidden)]
+    fn append(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+        rows: &[Row],
+    ) -> impl Future<Output = Result<Fate>> + Send;
+
+    /// Whether a transaction was committed; `None` = that cannot be said (yet).
+    #[doc(hidden)]
+    fn fate(
+        pool: &Pool<Self>,
+        statements: &Self::Statements,
+        fate: &Fate,
+    ) -> impl Future<Output = Result<Option<bool>>> + Send;
+
+    /// Notes that a consumer handles an event; `false` = it did before. Waits for another transaction that does so now.
+    #[doc(hidden)]
+    fn remember(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+        known: &Known<'_>,
+    ) -> impl Future<Output = Result<bool>> + Send;
+
+    /// Notes for how long a consumer remembers, in seconds, and how; returns how it was noted before.
+    #[doc(hidden)]
+    fn register(
+        pool: &Pool<Self>,
+        statements: &Self::Statements,
+        consumer: &str,
+        memory: &str,
+        seconds: i64,
+    ) -> impl Future<Output = Result<Option<String>>> + Send;
+
+    /// Forgets what is older than its consumer remembers, up to a bound; returns whether there may be more.
+    #[doc(hidden)]
+    fn forget(pool: &Pool<Self>, statements: &Self::Statements) -> impl Future<Output = Result<bool>> + Send;
+
+    /// What a relay works on: connections of its own.
+    #[doc(hidden)]
+    fn store(pool: &Pool<Self>, namespace: &Namespace)
+    -> impl Future<Output = Result<Arc<dyn Store>>> + Send;
+}
+
+/// By what a transaction can be found out.
+#[doc(hidden)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// PostgreSQL: the id of the transaction, with its epoch.
+    Transaction(u64),
+    /// SQLite: the last event of the transaction.
+    Event { row: i64, id: uuid::Uuid },
+}
+
+/// The version of the tables that this code reads and writes.
+const VERSION: u32 = 1;
+
+/// Whether tables are there; an error if they are not ours to use.
+pub(crate) fn known(version: Option<String>) -> Result<bool> {
+    match version.as_deref() {
+        None => Ok(false),
+        Some(text) => match text.parse::<u32>() {
+            Ok(VERSION) => Ok(true),
+            Ok(newer) if newer > VERSION => Err(Error::new(
+                ErrorKind::Conflict,
+                "the tables were made by a newer version of outbox: update this program",
+            )
+            .with("tables_version", newer)
+            .with("known_version", VERSION)),
+            _ => Err(Error::new(ErrorKind::Corrupt, "the tables have no readable version")
+                .with("found", text.escape_debug())),
+        },
+    }
+}

@@ -1,0 +1,178 @@
+//! Outbox and inbox in PostgreSQL.
+
+mod floor;
+mod store;
+
+use std::sync::Arc;
+
+use eventbus::sql::from_sqlx;
+use eventbus::{Error, ErrorKind, Result};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row as _};
+
+use crate::backend::{Backend, Fate, Known, known, sealed};
+use crate::namespace::Namespace;
+use crate::row::Row;
+use crate::store::Store;
+
+/// Makes the tables.
+const TABLES: &str = include_str!("../../sql/postgres/1.sql");
+
+/// Names the lock under which tables are created: the bytes of "evoutbox".
+const LOCK: i64 = 0x6576_6f75_7462_6f78;
+
+/// Most rows that one helping of forgetting removes.
+const HELPING: i64 = 10_000;
+
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Statements {
+    append: Arc<str>,
+    remember_message: Arc<str>,
+    remember_sequence: Arc<str>,
+    register: Arc<str>,
+    forget: Arc<str>,
+}
+
+impl sealed::Sealed for Postgres {}
+
+impl Backend for Postgres {
+    const HAS_ONE_WRITER: bool = false;
+    type Statements = Statements;
+
+    fn statements(namespace: &Namespace) -> Statements {
+        let sql = |text| namespace.sql(text, '.');
+        Statements {
+            append: sql("SELECT evt.outbox_append($1, $2, $3, $4, $5, $6, $7)::text"),
+            remember_message: sql("INSERT INTO evt.inbox (consumer, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"),
+            remember_sequence: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq) VALUES ($1, $2, $3, $4)
+                ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
+                WHERE p.last_seq < excluded.last_seq"),
+            register: sql("WITH before AS (SELECT memory FROM evt.consumer WHERE consumer = $1),
+                noted AS (INSERT INTO evt.consumer AS c VALUES ($1, $2, $3)
+                  ON CONFLICT (consumer) DO UPDATE SET remembers_seconds = excluded.remembers_seconds WHERE c.memory = excluded.memory)
+                SELECT memory FROM before"),
+            // A row that nothing else marks as too old is found by the index of ranges.
+            forget: sql("DELETE FROM evt.inbox WHERE ctid = ANY (ARRAY (SELECT i.ctid FROM evt.inbox i
+                JOIN evt.consumer c USING (consumer)
+                WHERE i.seen_at < now() - (SELECT min(remembers_seconds) FROM evt.consumer) * interval '1 s'
+                  AND i.seen_at < now() - c.remembers_seconds * interval '1 s' LIMIT $1))"),
+        }
+    }
+
+    async fn migrate(pool: &PgPool, namespace: &Namespace) -> Result<()> {
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        if known(version(&mut connection, namespace).await?)? {
+            return Ok(());
+        }
+        let mut transaction = connection.begin().await.map_err(from_sqlx)?;
+        // Two programs that start at once must not both create.
+        let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
+        lock.execute(&mut *transaction).await.map_err(from_sqlx)?;
+        if !known(version(&mut transaction, namespace).await?)? {
+            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(TABLES, '.')));
+            transaction.execute(tables).await.map_err(from_sqlx)?;
+        }
+        transaction.commit().await.map_err(from_sqlx)
+    }
+
+    async fn begin(pool: &PgPool) -> sqlx::Result<sqlx::Transaction<'static, Self>> {
+        pool.begin().await
+    }
+
+    async fn append(connection: &mut PgConnection, statements: &Statements, rows: &[Row]) -> Result<Fate> {
+        let column = |of: fn(&Row) -> &str| rows.iter().map(of).collect::<Vec<_>>();
+        // An absent body in every row is an empty column, which `unnest` fills up.
+        let has_body = rows.iter().any(|row| row.payload.is_some());
+        let payloads: Vec<Option<&[u8]>> = match has_body {
+            true => rows.iter().map(|row| row.payload.as_deref()).collect(),
+            false => Vec::new(),
+        };
+        let query = sqlx::query(AssertSqlSafe(statements.append.clone()))
+            .bind(column(|row| row.topic.as_str()))
+            .bind(rows.iter().map(|row| row.key.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(rows.iter().map(|row| row.has_key).collect::<Vec<bool>>())
+            .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
+            .bind(column(|row| &row.head))
+            .bind(payloads)
+            .bind(rows.iter().map(|row| row.size).collect::<Vec<i32>>());
+        let row = query.fetch_one(connection).await.map_err(from_sqlx)?;
+        let id = row.try_get::<&str, _>(0).map_err(from_sqlx)?.parse();
+        id.map(Fate::Transaction).map_err(|_| unreadable("the id of a transaction"))
+    }
+
+    async fn fate(pool: &PgPool, _: &Statements, fate: &Fate) -> Result<Option<bool>> {
+        let Fate::Transaction(id) = fate else { return Ok(None) };
+        // An id of another server, or one that is not given out yet, is an error there, and nothing is known here.
+        let status = sqlx::query_scalar::<_, Option<String>>("SELECT pg_xact_status($1::text::xid8)")
+            .bind(id.to_string());
+        Ok(match status.fetch_one(pool).await.map_err(from_sqlx)?.as_deref() {
+            Some("committed") => Some(true),
+            Some("aborted") => Some(false),
+            _ => None,
+        })
+    }
+
+    async fn remember(
+        connection: &mut PgConnection,
+        statements: &Statements,
+        known: &Known<'_>,
+    ) -> Result<bool> {
+        let query = match known {
+            Known::Message { consumer, id } => {
+                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(*consumer).bind(*id)
+            }
+            Known::Sequence { consumer, source, key, seq } => {
+                sqlx::query(AssertSqlSafe(statements.remember_sequence.clone()))
+                    .bind(*consumer)
+                    .bind(*source)
+                    .bind(*key)
+                    .bind(*seq)
+            }
+        };
+        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() > 0)
+    }
+
+    async fn register(
+        pool: &PgPool,
+        statements: &Statements,
+        consumer: &str,
+        memory: &str,
+        seconds: i64,
+    ) -> Result<Option<String>> {
+        let query = sqlx::query_scalar(AssertSqlSafe(statements.register.clone()));
+        query.bind(consumer).bind(memory).bind(seconds).fetch_optional(pool).await.map_err(from_sqlx)
+    }
+
+    async fn forget(pool: &PgPool, statements: &Statements) -> Result<bool> {
+        let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
+        Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+    }
+
+    async fn store(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        if !known(version(&mut connection, namespace).await?)? {
+            return Err(Error::new(ErrorKind::NotFound, "the tables are missing: call migrate()")
+                .with("schema", namespace));
+        }
+        drop(connection);
+        store::open(pool, namespace).await
+    }
+}
+
+/// What the tables say they are; `None` if there are none.
+async fn version(connection: &mut PgConnection, namespace: &Namespace) -> Result<Option<String>> {
+    // Not to_regclass: it may answer from a cache that is older than the lock under which this is asked.
+    let exists = sqlx::query_scalar::<_, bool>(
+        "SELECT EXISTS (SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = 'meta')",
+    );
+    if !exists.bind(namespace.as_str()).fetch_one(&mut *connection).await.map_err(from_sqlx)? {
+        return Ok(None);
+    }
+    let text = namespace.sql("SELECT value FROM evt.meta WHERE name = 'version'", '.');
+    let found = sqlx::query_scalar::<_, String>(AssertSqlSafe(text)).fetch_optional(connection).await;
+    found.map_err(from_sqlx).map(|found| Some(found.unwrap_or_default()))
+}
+
+fn unreadable(what: &str) -> Error {
+    Error::new(ErrorKind::Unexpected, format!("the server's answer was not understood: {what}"))
+}

@@ -1,0 +1,370 @@
+//! What a relay has in hand, as a state without input, output or clock.
+//!
+//! ```text
+//!  claimed ─▶ waiting ─▶ ready ─▶ on its way ─▶ published ─▶ settled
+//!             (behind one of      │
+//!              its key)           └─▶ failed: again, blocked, or parked
+//! ```
+//! Of each key one event is on its way at a time, the one with the lowest id; the next leaves when it is confirmed. So
+//! whoever publishes an event has published all earlier ones of its key, or found them gone.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use eventbus::{Class, Envelope, Error, Topic};
+
+use crate::row::{Pending, RowId, Shard};
+use crate::store::{Blocked, Claim};
+
+use super::Policy;
+
+/// A key of a topic.
+type Lane = Arc<(String, Bytes)>;
+
+/// An event on its way.
+#[derive(Debug, Clone)]
+pub(crate) struct Sent {
+    pub(crate) id: RowId,
+    pub(crate) topic: Topic,
+    pub(crate) envelope: Envelope,
+}
+
+#[derive(Debug)]
+struct Held {
+    pending: Pending,
+    lane: Lane,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// For its turn in its lane.
+    Waiting,
+    OnItsWay,
+    /// To be removed from the outbox, or noted there.
+    Ended,
+}
+
+/// What is to be written, and is held until that is done.
+#[derive(Debug, Default)]
+pub(crate) struct Writes {
+    pub(crate) published: Vec<(Shard, RowId)>,
+    pub(crate) blocked: Vec<Blocked>,
+    pub(crate) parked: Vec<Blocked>,
+}
+
+impl Writes {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.published.is_empty() && self.blocked.is_empty() && self.parked.is_empty()
+    }
+}
+
+/// How a round of publishing ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// Something was published.
+    Went,
+    /// Everything failed in a way that may pass: the broker is away.
+    Stuck,
+    /// Nothing was published, as nothing of it can be.
+    Refused,
+}
+
+#[derive(Debug)]
+pub(crate) struct Flow {
+    policy: Policy,
+    /// What is ours, and what is only to be brought to its end.
+    owned: HashMap<Shard, i64>,
+    leaving: HashMap<Shard, i64>,
+    held: HashMap<RowId, Held>,
+    /// The events of each key, by id; the first is on its way, or ready.
+    lanes: HashMap<Lane, VecDeque<RowId>>,
+    ready: VecDeque<Lane>,
+    writes: Writes,
+    n_bytes: usize,
+    n_on_their_way: usize,
+    /// Rounds in a row in which the broker took nothing.
+    stuck: u32,
+}
+
+impl Flow {
+    pub(crate) fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            owned: HashMap::new(),
+            leaving: HashMap::new(),
+            held: HashMap::new(),
+            lanes: HashMap::new(),
+            ready: VecDeque::new(),
+            writes: Writes::default(),
+            n_bytes: 0,
+            n_on_their_way: 0,
+            stuck: 0,
+        }
+    }
+
+    /// Takes what is ours from now on; what is not any more is brought to its end, where it is on its way.
+    pub(crate) fn own(&mut self, shards: &[(Shard, i64)]) {
+        let before = std::mem::replace(&mut self.owned, shards.iter().copied().collect());
+        for (shard, epoch) in before {
+            if !self.owned.contains_key(&shard) {
+                self.leaving.insert(shard, epoch);
+            }
+        }
+        self.leaving.retain(|shard, _| !self.owned.contains_key(shard));
+        let idle = self.held.iter().filter(|(_, held)| {
+            held.stage == Stage::Waiting && !self.owned.contains_key(&held.pending.shard)
+        });
+        let idle: Vec<RowId> = idle.map(|(id, _)| *id).collect();
+        idle.into_iter().for_each(|id| self.drop_row(id));
+    }
+
+    /// Of these shards those of which nothing is in hand.
+    pub(crate) fn left(&self, shards: &[Shard]) -> Vec<Shard> {
+        let busy: HashSet<Shard> = self.held.values().map(|held| held.pending.shard).collect();
+        shards.iter().copied().filter(|shard| !busy.contains(shard)).collect()
+    }
+
+    /// Shards and epochs under which things are written.
+    pub(crate) fn epochs(&self) -> Vec<(Shard, i64)> {
+        self.owned.iter().chain(&self.leaving).map(|(shard, epoch)| (*shard, *epoch)).collect()
+    }
+
+    pub(crate) fn shards(&self) -> Vec<Shard> {
+        self.owned.keys().copied().collect()
+    }
+
+    /// What to ask the store for; `None` while enough is in hand.
+    pub(crate) fn claim(&self, start: usize) -> Option<Claim> {
+        let is_enough = self.held.len() - self.n_on_their_way >= self.policy.batch_events
+            || self.n_bytes >= self.policy.batch_bytes.saturating_mul(2);
+        if self.owned.is_empty() || is_enough {
+            return None;
+        }
+        let mut shards = self.shards();
+        shards.sort_unstable();
+        // So that shards with much to do do not starve those behind them.
+        let by = start % shards.len().max(1);
+        shards.rotate_left(by);
+        Some(Claim {
+            shards,
+            held: self.held.keys().copied().collect(),
+            max_events: self.policy.batch_events,
+            max_bytes: self.policy.batch_bytes,
+        })
+    }
+
+    /// Takes what the store gave.
+    pub(crate) fn claimed(&mut self, rows: Vec<Pending>) {
+        for pending in rows {
+            // The shard may have gone while the store answered.
+            if !self.owned.contains_key(&pending.shard) || self.held.contains_key(&pending.id) {
+                continue;
+            }
+            let lane: Lane = Arc::new((pending.topic.clone(), pending.key.clone()));
+            let (id, shard) = (pending.id, pending.shard);
+            let unreadable = pending.event.as_ref().err().cloned();
+            self.n_bytes += pending.size_bytes;
+            let entry = self.lanes.entry(lane.clone()).or_default();
+            let at = entry.partition_point(|other| *other < id);
+            entry.insert(at, id);
+            if entry.len() == 1 {
+                self.ready.push_back(lane.clone());
+            }
+            self.held.insert(id, Held { pending, lane, stage: Stage::Waiting });
+            if let Some(reason) = unreadable {
+                tracing::error!(row = id.0, %shard, %reason, "a row of the outbox is no event");
+            }
+        }
+    }
+
+    /// The next events to publish, each of another key; those that are no events end here.
+    pub(crate) fn next_round(&mut self) -> Vec<Sent> {
+        let mut round = Vec::new();
+        let mut n_bytes = 0;
+        while round.len() < self.policy.batch_events && n_bytes < self.policy.batch_bytes {
+            let Some(lane) = self.ready.pop_front() else { break };
+            let first = self.lanes.get(&lane).and_then(VecDeque::front).copied();
+            let Some(held) = first.and_then(|id| self.held.get_mut(&id)) else { continue };
+            if held.stage != Stage::Waiting {
+                continue;
+            }
+            match &held.pending.event {
+                Ok((topic, envelope)) => {
+                    let sent = Sent { id: held.pending.id, topic: topic.clone(), envelope: envelope.clone() };
+                    held.stage = Stage::OnItsWay;
+                    n_bytes += held.pending.size_bytes;
+                    self.n_on_their_way += 1;
+                    round.push(sent);
+                }
+                Err(reason) => {
+                    let (id, reason) = (held.pending.id, reason.clone());
+                    self.give_up(id, Class::Poison, format!("undecodable: {reason}"), 1.0);
+                }
+            }
+        }
+        round
+    }
+
+    /// The epoch that is written into events of a shard.
+    pub(crate) fn epoch(&self, id: RowId) -> i64 {
+        let shard = self.held.get(&id).map(|held| held.pending.shard);
+        shard
+            .and_then(|shard| self.owned.get(&shard).or_else(|| self.leaving.get(&shard)))
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Takes the outcomes of a round. `random` is in 0..1, for backoff.
+    pub(crate) fn confirmed(
+        &mut self,
+        outcomes: Vec<(RowId, Result<(), Error>)>,
+        mut random: impl FnMut() -> f64,
+    ) -> Round {
+        let n_published = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count();
+        let may_pass = |(_, outcome): &(RowId, Result<(), Error>)| {
+            outcome.as_ref().err().is_some_and(|error| error.kind().class() == Class::Transient)
+        };
+        let is_stuck = n_published == 0 && outcomes.iter().all(may_pass);
+        self.stuck = if is_stuck { self.stuck + 1 } else { 0 };
+        // At first everything is kept and tried again; when that lasts, others get their turn.
+        let keeps = is_stuck && self.stuck <= self.policy.patience;
+        for (id, outcome) in outcomes {
+            self.n_on_their_way -= 1;
+            match outcome {
+                Ok(()) => self.published(id),
+                Err(_) if keeps => self.again(id),
+                Err(error) => self.give_up(id, error.kind().class(), error.to_string(), random()),
+            }
+        }
+        match (n_published, is_stuck) {
+            (0, true) => Round::Stuck,
+            (0, false) => Round::Refused,
+            _ => Round::Went,
+        }
+    }
+
+    fn published(&mut self, id: RowId) {
+        let Some(held) = self.held.get_mut(&id) else { return };
+        held.stage = Stage::Ended;
+        let (lane, shard) = (held.lane.clone(), held.pending.shard);
+        self.writes.published.push((shard, id));
+        let Some(waiting) = self.lanes.get_mut(&lane) else { return };
+        waiting.pop_front();
+        match waiting.is_empty() {
+            true => _ = self.lanes.remove(&lane),
+            false => self.ready.push_back(lane),
+        }
+    }
+
+    /// Sends an event again: nothing else of its key goes before it.
+    fn again(&mut self, id: RowId) {
+        let Some(held) = self.held.get_mut(&id) else { return };
+        held.stage = Stage::Waiting;
+        let (lane, shard) = (held.lane.clone(), held.pending.shard);
+        match self.owned.contains_key(&shard) {
+            true => self.ready.push_front(lane),
+            false => self.drop_row(id),
+        }
+    }
+
+    /// Blocks the key of an event, or parks the event. Until the store says so, the lane stays as it is and closed: what
+    /// is behind the event would be claimed anew and overtake it.
+    fn give_up(&mut self, id: RowId, class: Class, error: String, random: f64) {
+        let Some(held) = self.held.get_mut(&id) else { return };
+        held.stage = Stage::Ended;
+        let (lane, may_pass) = (held.lane.clone(), class == Class::Transient);
+        let attempts = held.pending.attempts.saturating_add(1);
+        let blocked = Blocked {
+            shard: held.pending.shard,
+            topic: lane.0.clone(),
+            key: lane.1.clone(),
+            head: id,
+            attempts,
+            may_pass,
+            retry_in: self.policy.backoff(attempts, random),
+            error: error.chars().take(1024).collect(),
+        };
+        match may_pass || !self.policy.parks {
+            true => self.writes.blocked.push(blocked),
+            false => self.writes.parked.push(blocked),
+        }
+    }
+
+    /// What is to be written now.
+    pub(crate) fn take_writes(&mut self) -> Writes {
+        std::mem::take(&mut self.writes)
+    }
+
+    /// Takes writes back that were not made.
+    pub(crate) fn return_writes(&mut self, writes: Writes) {
+        let later = std::mem::replace(&mut self.writes, writes);
+        self.writes.published.extend(later.published);
+        self.writes.blocked.extend(later.blocked);
+        self.writes.parked.extend(later.parked);
+    }
+
+    /// The writes were made: what they are of is not ours any more. Of a key that is blocked nothing is, and a key whose
+    /// event was parked goes on.
+    pub(crate) fn written(&mut self, writes: &Writes) {
+        writes.published.iter().for_each(|(_, id)| self.forget(*id));
+        for blocked in &writes.blocked {
+            let lane = self.held.get(&blocked.head).map(|held| held.lane.clone());
+            let rows = lane.and_then(|lane| self.lanes.remove(&lane)).unwrap_or_default();
+            rows.into_iter().for_each(|id| self.forget(id));
+        }
+        for parked in &writes.parked {
+            let lane = self.held.get(&parked.head).map(|held| held.lane.clone());
+            self.drop_row(parked.head);
+            self.ready.extend(lane.filter(|lane| self.lanes.contains_key(lane)));
+        }
+        // What is left behind is at its end when nothing of it is held.
+        let busy: HashSet<Shard> = self.held.values().map(|held| held.pending.shard).collect();
+        self.leaving.retain(|shard, _| busy.contains(shard));
+    }
+
+    /// Of shards that were written, those that are not `owned` any more are not ours until a lease says so.
+    pub(crate) fn lost(&mut self, written: &[(Shard, RowId)], owned: &[Shard]) {
+        let lost: HashSet<Shard> =
+            written.iter().map(|(shard, _)| *shard).filter(|shard| !owned.contains(shard)).collect();
+        if lost.iter().any(|shard| self.owned.contains_key(shard)) {
+            let rest: Vec<_> = self.owned.iter().map(|(shard, epoch)| (*shard, *epoch)).collect();
+            let rest: Vec<_> = rest.into_iter().filter(|(shard, _)| !lost.contains(shard)).collect();
+            self.own(&rest);
+        }
+    }
+
+    /// Drops an event that is not on its way from its lane; the store has it.
+    fn drop_row(&mut self, id: RowId) {
+        if let Some(held) = self.held.get(&id) {
+            let lane = held.lane.clone();
+            if let Some(waiting) = self.lanes.get_mut(&lane) {
+                waiting.retain(|other| *other != id);
+                if waiting.is_empty() {
+                    self.lanes.remove(&lane);
+                }
+            }
+        }
+        self.forget(id);
+    }
+
+    fn forget(&mut self, id: RowId) {
+        if let Some(held) = self.held.remove(&id) {
+            self.n_bytes -= held.pending.size_bytes;
+        }
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Whether nothing is on its way and nothing is to be written.
+    pub(crate) fn is_done(&self) -> bool {
+        self.n_on_their_way == 0 && self.writes.is_empty()
+    }
+}
+
+#[cfg(test)]
+#[path = "flow_tests.rs"]
+mod tests;

@@ -1,0 +1,226 @@
+//! Outbox and inbox in an SQLite file.
+
+mod store;
+
+use std::sync::Arc;
+
+use eventbus::sql::from_sqlx;
+use eventbus::{Error, ErrorKind, Result};
+use sqlx::{AssertSqlSafe, Connection as _, Row as _, Sqlite, SqliteConnection, SqlitePool};
+
+use crate::backend::{Backend, Fate, Known, known, sealed};
+use crate::namespace::Namespace;
+use crate::row::{Row, Shard};
+use crate::store::Store;
+
+/// Makes the tables.
+const TABLES: &str = include_str!("../../sql/sqlite/1.sql");
+
+/// The first library without the corruption of the write-ahead log of 3.7.0 to 3.51.2.
+const MIN_LIBRARY: [u32; 3] = [3, 51, 3];
+
+/// Most rows that one helping of forgetting removes: others write in between.
+const HELPING: i64 = 1000;
+
+/// Rows of one statement: few sizes, so that few statements are prepared.
+const CHUNKS: [usize; 4] = [256, 32, 4, 1];
+
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct Statements {
+    /// One for each size of [`CHUNKS`].
+    append: [Arc<str>; CHUNKS.len()],
+    fate: Arc<str>,
+    remember_message: Arc<str>,
+    remember_sequence: Arc<str>,
+    registered: Arc<str>,
+    register: Arc<str>,
+    forget: Arc<str>,
+}
+
+impl sealed::Sealed for Sqlite {}
+
+impl Backend for Sqlite {
+    const HAS_ONE_WRITER: bool = true;
+    type Statements = Statements;
+
+    fn statements(namespace: &Namespace) -> Statements {
+        let sql = |text: &str| namespace.sql(text, '_');
+        let append = |n_rows: usize| {
+            let rows = vec!["(?, ?, ?, ?, ?, ?, ?, ?)"; n_rows].join(", ");
+            sql(&format!(
+                "INSERT INTO evt_outbox (shard, event_id, topic, key, has_key, size, head, payload) VALUES {rows}"
+            ))
+        };
+        Statements {
+            append: CHUNKS.map(append),
+            fate: sql("SELECT event_id FROM evt_outbox WHERE id = ?"),
+            remember_message: sql("INSERT OR IGNORE INTO evt_inbox (consumer, message_id) VALUES (?, ?)"),
+            remember_sequence: sql("INSERT INTO evt_key_progress (consumer, source, key, last_seq) VALUES (?, ?, ?, ?)
+                ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
+                WHERE last_seq < excluded.last_seq"),
+            registered: sql("SELECT memory, remembers_seconds FROM evt_consumer WHERE consumer = ?"),
+            register: sql("INSERT INTO evt_consumer VALUES (?, ?, ?)
+                ON CONFLICT (consumer) DO UPDATE SET remembers_seconds = excluded.remembers_seconds WHERE memory = excluded.memory"),
+            // Rows are in the order of their time: what is looked at is what nobody remembers, and a little more.
+            forget: sql("DELETE FROM evt_inbox WHERE id IN (SELECT i.id FROM evt_inbox i JOIN evt_consumer c USING (consumer)
+                WHERE i.id < coalesce((SELECT id FROM evt_inbox WHERE seen_at >=
+                    unixepoch('subsec') * 1000 - (SELECT min(remembers_seconds) FROM evt_consumer) * 1000 ORDER BY id LIMIT 1), 1 << 62)
+                  AND i.seen_at < unixepoch('subsec') * 1000 - c.remembers_seconds * 1000 ORDER BY i.id LIMIT ?)"),
+        }
+    }
+
+    async fn migrate(pool: &SqlitePool, namespace: &Namespace) -> Result<()> {
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        check_library(&mut connection).await?;
+        if known(version(&mut connection, namespace).await?)? {
+            return Ok(());
+        }
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(from_sqlx)?;
+        if !known(version(&mut transaction, namespace).await?)? {
+            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(TABLES, '_')));
+            tables.execute(&mut *transaction).await.map_err(from_sqlx)?;
+        }
+        transaction.commit().await.map_err(from_sqlx)
+    }
+
+    async fn begin(pool: &SqlitePool) -> sqlx::Result<sqlx::Transaction<'static, Self>> {
+        pool.begin_with("BEGIN IMMEDIATE").await
+    }
+
+    async fn append(
+        connection: &mut SqliteConnection,
+        statements: &Statements,
+        rows: &[Row],
+    ) -> Result<Fate> {
+        let level = sqlx::query_scalar::<_, i64>("PRAGMA synchronous").fetch_one(&mut *connection).await;
+        if level.map_err(from_sqlx)? < 2 {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "the connection does not sync its commits: an event could be published whose transaction is lost with the power; set synchronous=FULL",
+            ));
+        }
+        let (mut rest, mut last) = (rows, None);
+        while let Some(row) = rest.last() {
+            let chunk = CHUNKS.iter().zip(&statements.append).find(|(size, _)| **size <= rest.len());
+            let Some((size, statement)) = chunk else { break };
+            let (now, later) = rest.split_at(*size);
+            let mut query = sqlx::query(AssertSqlSafe(statement.clone()));
+            for row in now {
+                query = query
+                    .bind(i64::from(shard_of(row).0))
+                    .bind(row.id)
+                    .bind(row.topic.as_str())
+                    .bind(row.key.as_ref())
+                    .bind(row.has_key)
+                    .bind(i64::from(row.size))
+                    .bind(row.head.as_str())
+                    .bind(row.payload.as_deref());
+            }
+            let done = query.execute(&mut *connection).await.map_err(from_sqlx)?;
+            last = Some(Fate::Event { row: done.last_insert_rowid(), id: row.id });
+            rest = later;
+        }
+        last.ok_or_else(|| Error::new(ErrorKind::Unexpected, "nothing was to be stored"))
+    }
+
+    /// An event that is there was committed; one that is not may have been published since.
+    async fn fate(pool: &SqlitePool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
+        let Fate::Event { row, id } = fate else { return Ok(None) };
+        let found = sqlx::query_scalar::<_, uuid::Uuid>(AssertSqlSafe(statements.fate.clone())).bind(row);
+        let found = found.fetch_optional(pool).await.map_err(from_sqlx)?;
+        // Another event in its place: numbers are given out once, so ours was not.
+        Ok(found.map(|found| found == *id))
+    }
+
+    async fn remember(
+        connection: &mut SqliteConnection,
+        statements: &Statements,
+        known: &Known<'_>,
+    ) -> Result<bool> {
+        let query = match known {
+            Known::Message { consumer, id } => {
+                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(*consumer).bind(*id)
+            }
+            Known::Sequence { consumer, source, key, seq } => {
+                sqlx::query(AssertSqlSafe(statements.remember_sequence.clone()))
+                    .bind(*consumer)
+                    .bind(*source)
+                    .bind(*key)
+                    .bind(*seq)
+            }
+        };
+        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() > 0)
+    }
+
+    async fn register(
+        pool: &SqlitePool,
+        statements: &Statements,
+        consumer: &str,
+        memory: &str,
+        seconds: i64,
+    ) -> Result<Option<String>> {
+        let before = sqlx::query(AssertSqlSafe(statements.registered.clone())).bind(consumer);
+        let before = before.fetch_optional(pool).await.map_err(from_sqlx)?;
+        let noted = before.map(|row| Ok::<_, sqlx::Error>((row.try_get(0)?, row.try_get::<i64, _>(1)?)));
+        let noted: Option<(String, i64)> = noted.transpose().map_err(from_sqlx)?;
+        // A write waits for those of others: it is spared where nothing changes.
+        if noted.as_ref().is_none_or(|(_, before)| *before != seconds) {
+            let query = sqlx::query(AssertSqlSafe(statements.register.clone()));
+            query.bind(consumer).bind(memory).bind(seconds).execute(pool).await.map_err(from_sqlx)?;
+        }
+        Ok(noted.map(|(memory, _)| memory))
+    }
+
+    async fn forget(pool: &SqlitePool, statements: &Statements) -> Result<bool> {
+        let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
+        Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+    }
+
+    async fn store(pool: &SqlitePool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        check_library(&mut connection).await?;
+        if !known(version(&mut connection, namespace).await?)? {
+            return Err(Error::new(ErrorKind::NotFound, "the tables are missing: call migrate()")
+                .with("prefix", namespace));
+        }
+        drop(connection);
+        Ok(store::open(pool, namespace))
+    }
+}
+
+/// The part of the outbox that an event goes into: of its topic and key.
+fn shard_of(row: &Row) -> Shard {
+    let mut name = Vec::with_capacity(row.topic.as_str().len() + 1 + row.key.len());
+    name.extend_from_slice(row.topic.as_str().as_bytes());
+    name.push(1);
+    name.extend_from_slice(&row.key);
+    let part = eventbus::partition::of_key(&eventbus::Key::new(name), u32::from(Shard::COUNT));
+    Shard(u8::try_from(part.0).unwrap_or_default())
+}
+
+/// What the tables say they are; `None` if there are none.
+async fn version(connection: &mut SqliteConnection, namespace: &Namespace) -> Result<Option<String>> {
+    let exists = sqlx::query_scalar::<_, bool>("SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE name = ?)");
+    let exists = exists.bind(format!("{namespace}_meta")).fetch_one(&mut *connection).await;
+    if !exists.map_err(from_sqlx)? {
+        return Ok(None);
+    }
+    let text = namespace.sql("SELECT value FROM evt_meta WHERE name = 'version'", '_');
+    let found = sqlx::query_scalar::<_, String>(AssertSqlSafe(text)).fetch_optional(connection).await;
+    found.map_err(from_sqlx).map(|found| Some(found.unwrap_or_default()))
+}
+
+async fn check_library(connection: &mut SqliteConnection) -> Result<()> {
+    let version = sqlx::query_scalar::<_, String>("SELECT sqlite_version()").fetch_one(connection).await;
+    let version = version.map_err(from_sqlx)?;
+    let numbers: Vec<u32> = version.split('.').filter_map(|part| part.parse().ok()).collect();
+    if numbers.as_slice() >= MIN_LIBRARY.as_slice() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Config,
+        "the SQLite library is older than 3.51.3, whose write-ahead log can corrupt the file",
+    )
+    .with("version", version))
+}
