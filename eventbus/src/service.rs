@@ -99,6 +99,7 @@ pub struct Service<S = ()> {
 
 struct Route<S> {
     topic: Topic,
+    /// The path of the handler.
     name: &'static str,
     message: Option<(&'static str, u32)>,
     guard: Option<Guard>,
@@ -209,7 +210,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     pub fn on<A: 'static, H: Handler<A, S>>(mut self, topic: Topic, handler: H) -> Self {
         self.routes.push(Route {
             topic,
-            name: short_name::<H>(),
+            name: path::<H>(),
             message: H::MESSAGE,
             guard: None,
             emit_to: None,
@@ -226,7 +227,7 @@ impl<S: Clone + Send + Sync + 'static> Service<S> {
     pub fn on_batch<A: 'static, H: BatchHandler<A, S>>(mut self, topic: Topic, handler: H) -> Self {
         self.routes.push(Route {
             topic,
-            name: short_name::<H>(),
+            name: path::<H>(),
             message: Some((H::Message::TYPE, H::Message::VERSION)),
             guard: None,
             emit_to: None,
@@ -404,13 +405,14 @@ impl Service<()> {
         for topic in commands {
             check_owner(bus, &topic, &group).await?;
         }
+        let paths: Vec<&'static str> = self.routes.iter().map(|route| route.name).collect();
         for route in self.routes {
             let mut handling = (route.bind)(());
             if let Handling::Batch { max, .. } = &mut handling {
                 *max = route.max_batch;
             }
             let bound = BoundRoute {
-                name: route.name,
+                name: name_among(&paths, route.name),
                 takes: route.message.map_or(Takes::All, |(name, version)| Takes::Version(name, version)),
                 guard: route.guard,
                 emit_to: route.emit_to,
@@ -475,7 +477,41 @@ async fn check_owner(bus: &Bus, topic: &Topic, group: &Group) -> Result<()> {
     }
 }
 
-fn short_name<H>() -> &'static str {
+/// The path of a handler's function, without the types that it was made for.
+fn path<H>() -> &'static str {
     let name = std::any::type_name::<H>();
-    name.rsplit("::").next().unwrap_or(name)
+    name.split_once('<').map_or(name, |(path, _)| path)
+}
+
+fn last(path: &'static str) -> &'static str {
+    path.rsplit("::").next().unwrap_or(path)
+}
+
+/// A handler's name: that of its function, or its whole path where another handler of the service has that name.
+fn name_among(paths: &[&'static str], path: &'static str) -> &'static str {
+    let is_shared = paths.iter().any(|other| *other != path && last(other) == last(path));
+    if is_shared { path } else { last(path) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bill<T>() {}
+
+    mod other {
+        pub(super) fn bill() {}
+    }
+
+    fn path_of<H>(_: H) -> &'static str {
+        path::<H>()
+    }
+
+    #[test]
+    fn handlers_are_named_after_their_functions() {
+        let (generic, plain) = (path_of(bill::<Vec<u8>>), path_of(other::bill));
+        assert_eq!(name_among(&[generic], generic), "bill");
+        assert_eq!(name_among(&[generic, generic], generic), "bill");
+        assert_eq!(name_among(&[generic, plain], plain), "eventbus::service::tests::other::bill");
+    }
 }

@@ -40,7 +40,8 @@ pub enum Memory {
 /// [`Service`](eventbus::Service).
 ///
 /// The name of a memory is `service.handler@generation`. A handler that is renamed begins a new one; so does a
-/// [`generation`](Self::with_generation) of one's choice, for a replay that is to run again what was handled.
+/// [`generation`](Self::with_generation) of one's choice, for a replay that is to run again what was handled. Two services
+/// with one name that share a database share their memory: what one handled, the other does not.
 pub struct Inbox<Db: Backend>(Arc<Inner<Db>>);
 
 struct Inner<Db: Backend> {
@@ -83,9 +84,28 @@ impl<Db: Backend> Inbox<Db> {
         &self.0.outbox
     }
 
+    /// Forgets what is older than its consumer remembers, a helping of it; returns whether there may be more. A process with
+    /// handlers does so by itself every ten minutes.
+    ///
+    /// # Errors
+    /// Transient.
+    ///
+    /// # Cancellation
+    /// It goes on.
+    pub async fn forget(&self) -> Result<bool> {
+        let outbox = self.0.outbox.clone();
+        whole(async move { Db::forget(outbox.pool(), outbox.statements()).await }).await
+    }
+
     /// Begins a run: `None` if the event was handled before.
     async fn begin(&self, context: &Context) -> Result<Option<Open<Db>>, Failure> {
         let event = context.envelope();
+        if context.handler().contains('{') {
+            return Err(Failure::permanent(
+                "inbox.unnamed",
+                "a handler with a Tx must be a function: what it handled is remembered under its name",
+            ));
+        }
         let consumer = format!("{}.{}@{}", context.group(), context.handler(), self.0.generation);
         let keep = match self.0.memory {
             Memory::Events { keep } => keep,
@@ -166,13 +186,10 @@ async fn forget<Db: Backend>(inbox: std::sync::Weak<Inner<Db>>) {
     // Programs that start together do not all forget at once.
     tokio::time::sleep(FORGET_EVERY.mul_f64(fastrand::f64())).await;
     while let Some(inner) = inbox.upgrade() {
-        let outbox = inner.outbox.clone();
-        drop(inner);
-        let more = Db::forget(outbox.pool(), outbox.statements()).await.unwrap_or_else(|error| {
+        let more = Inbox(inner).forget().await.unwrap_or_else(|error| {
             tracing::warn!(%error, "what the inbox remembers for too long could not be forgotten");
             false
         });
-        drop(outbox);
         tokio::time::sleep(if more { FORGET_PAUSE } else { FORGET_EVERY }).await;
     }
 }

@@ -206,7 +206,15 @@ impl<Db: Backend> Outbox<Db> {
         &self.0.statements
     }
 
-    pub(crate) async fn store(&self) -> Result<Arc<dyn Store>> {
+    /// Opens what relays work on, with connections of its own: for relays and tools of one's own.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) without tables; [`Conflict`](ErrorKind::Conflict) for tables of a newer version;
+    /// or transient.
+    ///
+    /// # Cancellation
+    /// Nothing stays open.
+    pub async fn store(&self) -> Result<Arc<dyn Store>> {
         let outbox = self.clone();
         whole(async move { Db::store(&outbox.0.pool, &outbox.0.options.namespace).await }).await
     }

@@ -32,6 +32,13 @@ pub struct Claim {
     pub max_bytes: usize,
 }
 
+impl Claim {
+    /// Asks for events of shards, of which none is held yet.
+    pub fn new(shards: Vec<Shard>, max_events: usize, max_bytes: usize) -> Self {
+        Self { shards, held: Vec::new(), max_events, max_bytes }
+    }
+}
+
 /// A key whose first event could not be published.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -52,6 +59,15 @@ pub struct Blocked {
     pub retry_in: Duration,
     /// What went wrong.
     pub error: String,
+}
+
+impl Blocked {
+    /// Says that an event failed, for a reason that may pass.
+    pub fn new(pending: &Pending, attempts: u32, retry_in: Duration, error: impl Into<String>) -> Self {
+        let (topic, key, error) = (pending.topic.clone(), pending.key.clone(), error.into());
+        let (shard, head) = (pending.shard, pending.id);
+        Self { shard, topic, key, head, attempts, may_pass: true, retry_in, error }
+    }
 }
 
 /// The part of a database that relays work on. Any number of relays share it, in any number of processes.

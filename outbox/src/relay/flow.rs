@@ -147,12 +147,9 @@ impl Flow {
         // So that shards with much to do do not starve those behind them.
         let by = start % shards.len().max(1);
         shards.rotate_left(by);
-        Some(Claim {
-            shards,
-            held: self.held.keys().copied().collect(),
-            max_events: self.policy.batch_events,
-            max_bytes: self.policy.batch_bytes,
-        })
+        let mut claim = Claim::new(shards, self.policy.batch_events, self.policy.batch_bytes);
+        claim.held = self.held.keys().copied().collect();
+        Some(claim)
     }
 
     /// Takes what the store gave.
@@ -274,18 +271,11 @@ impl Flow {
     fn give_up(&mut self, id: RowId, class: Class, error: String, random: f64) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Ended;
-        let (lane, may_pass) = (held.lane.clone(), class == Class::Transient);
+        let may_pass = class == Class::Transient;
         let attempts = held.pending.attempts.saturating_add(1);
-        let blocked = Blocked {
-            shard: held.pending.shard,
-            topic: lane.0.clone(),
-            key: lane.1.clone(),
-            head: id,
-            attempts,
-            may_pass,
-            retry_in: self.policy.backoff(attempts, random),
-            error: error.chars().take(1024).collect(),
-        };
+        let retry_in = self.policy.backoff(attempts, random);
+        let error: String = error.chars().take(1024).collect();
+        let blocked = Blocked { may_pass, ..Blocked::new(&held.pending, attempts, retry_in, error) };
         match may_pass || !self.policy.parks {
             true => self.writes.blocked.push(blocked),
             false => self.writes.parked.push(blocked),

@@ -1,0 +1,328 @@
+//! Handlers whose effects happen once.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
+
+use eventbus::{
+    Attempt, Emit, Envelope, Event, EventId, Failure, FromState, Meta, Retry, Running, Service, State, Topic,
+};
+use outbox::{Inbox, Memory, Tx};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::home::{Cx, Home, SOON};
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(type = "test.counted", version = 1, key = n)]
+struct Counted {
+    n: i64,
+}
+
+#[derive(Event, Serialize, Deserialize)]
+#[event(type = "test.billed", version = 1, key = n)]
+struct Billed {
+    n: i64,
+}
+
+/// The state of a service, of which the inbox is a part.
+struct App<Db: Home> {
+    inbox: Inbox<Db>,
+    runs: Arc<AtomicU32>,
+    kept: Arc<Mutex<Vec<Tx<Db>>>>,
+}
+
+impl<Db: Home> Clone for App<Db> {
+    fn clone(&self) -> Self {
+        Self { inbox: self.inbox.clone(), runs: self.runs.clone(), kept: self.kept.clone() }
+    }
+}
+
+/// So many times the handler ran.
+struct Runs(Arc<AtomicU32>);
+
+struct Kept<Db: Home>(Arc<Mutex<Vec<Tx<Db>>>>);
+
+impl<Db: Home> FromState<App<Db>> for Inbox<Db> {
+    fn from_state(app: &App<Db>) -> Self {
+        app.inbox.clone()
+    }
+}
+
+impl<Db: Home> FromState<App<Db>> for Runs {
+    fn from_state(app: &App<Db>) -> Self {
+        Self(app.runs.clone())
+    }
+}
+
+impl<Db: Home> FromState<App<Db>> for Kept<Db> {
+    fn from_state(app: &App<Db>) -> Self {
+        Self(app.kept.clone())
+    }
+}
+
+impl<Db: Home> App<Db> {
+    fn new(inbox: Inbox<Db>) -> Self {
+        Self { inbox, runs: Arc::default(), kept: Arc::default() }
+    }
+}
+
+/// The one effect of a run.
+async fn effect<Db: Home>(tx: &mut Tx<Db>, n: i64) -> Result<(), Failure> {
+    Ok(Db::run(tx, format!("INSERT INTO effects VALUES ({n})")).await?)
+}
+
+async fn bill<Db: Home>(mut tx: Tx<Db>, Meta(event): Meta, State(runs): State<Runs>) -> Result<(), Failure> {
+    runs.0.fetch_add(1, Ordering::SeqCst);
+    effect(&mut tx, number(&event)).await
+}
+
+async fn fail_twice<Db: Home>(
+    mut tx: Tx<Db>,
+    Meta(event): Meta,
+    State(runs): State<Runs>,
+    Attempt(_): Attempt,
+) -> Result<(), Failure> {
+    effect(&mut tx, number(&event)).await?;
+    tx.publish(&Topic::new("bills").unwrap(), &Billed { n: number(&event) })?;
+    match runs.0.fetch_add(1, Ordering::SeqCst) {
+        0 | 1 => Err(Failure::transient("test.fails", "as it should")),
+        _ => Ok(()),
+    }
+}
+
+async fn panic_once<Db: Home>(
+    mut tx: Tx<Db>,
+    Meta(event): Meta,
+    State(runs): State<Runs>,
+) -> Result<(), Failure> {
+    effect(&mut tx, number(&event)).await?;
+    assert!(runs.0.fetch_add(1, Ordering::SeqCst) > 0, "as it should");
+    Ok(())
+}
+
+async fn hang_once<Db: Home>(
+    mut tx: Tx<Db>,
+    Meta(event): Meta,
+    State(runs): State<Runs>,
+) -> Result<(), Failure> {
+    effect(&mut tx, number(&event)).await?;
+    if runs.0.fetch_add(1, Ordering::SeqCst) == 0 {
+        std::future::pending::<()>().await;
+    }
+    Ok(())
+}
+
+async fn answer<Db: Home>(mut tx: Tx<Db>, Meta(event): Meta) -> Result<Emit<Billed>, Failure> {
+    effect(&mut tx, number(&event)).await?;
+    Ok(Emit(Billed { n: number(&event) }))
+}
+
+async fn keep<Db: Home>(
+    mut tx: Tx<Db>,
+    Meta(event): Meta,
+    State(kept): State<Kept<Db>>,
+) -> Result<(), Failure> {
+    effect(&mut tx, number(&event)).await?;
+    kept.0.lock().push(tx);
+    Ok(())
+}
+
+fn number(event: &Envelope) -> i64 {
+    event.decode::<Counted>().map_or(-1, |counted| counted.n)
+}
+
+fn quick() -> Retry {
+    Retry::exponential(Duration::from_millis(20), Duration::from_millis(50), NonZeroU32::new(8).unwrap())
+}
+
+/// A service with one handler on the topic, which starts where the topic does.
+async fn service<Db: Home, A: 'static, H: eventbus::Handler<A, App<Db>>>(
+    cx: &Cx<Db>,
+    app: &App<Db>,
+    handler: H,
+) -> Running {
+    cx.run("CREATE TABLE IF NOT EXISTS effects (n bigint)").await;
+    let service = Service::new("billing").on(cx.topic.clone(), handler).emit_to(Topic::new("bills").unwrap());
+    let service = service.retry(quick()).timeout(Duration::from_secs(1)).with_state(app.clone());
+    service.start(&cx.bus).await.unwrap()
+}
+
+async fn send<Db: Home>(cx: &Cx<Db>, event: Envelope) {
+    cx.bus.publisher().await.unwrap().publish_envelope(&cx.topic, event).await.unwrap();
+}
+
+fn counted(n: i64) -> Envelope {
+    Envelope::of(&Counted { n }, "/test").unwrap()
+}
+
+async fn effects<Db: Home>(cx: &Cx<Db>) -> i64 {
+    cx.number("SELECT count(*) FROM effects").await
+}
+
+async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let waiting = async {
+        while !holds().await {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(SOON, waiting).await.is_ok(), "{what} did not come true");
+}
+
+pub(crate) async fn an_event_is_handled_once<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, bill::<Db>).await;
+    let other = Envelope::of(&Counted { n: 2 }, "/other").unwrap().with_id(EventId::parse("1"));
+    // The same text as an id of another source is another event.
+    let events = [counted(1), other.clone(), other.with_source("/third")];
+    for event in events.iter().chain(&events).chain(&events) {
+        send(&cx, event.clone()).await;
+    }
+    until("everything", async || running.counts().handled + running.counts().duplicates == 9).await;
+    assert_eq!((running.counts().handled, running.counts().duplicates), (3, 6));
+    assert_eq!((effects(&cx).await, app.runs.load(Ordering::SeqCst)), (3, 3));
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn a_run_that_fails_leaves_nothing<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, fail_twice::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the third run", async || running.counts().handled == 1).await;
+    assert_eq!((effects(&cx).await, app.runs.load(Ordering::SeqCst), cx.n_stored().await), (1, 3, 1));
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn a_run_that_panics_leaves_nothing<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, panic_once::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the second run", async || running.counts().handled == 1).await;
+    assert_eq!(effects(&cx).await, 1);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn a_run_out_of_time_leaves_nothing<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, hang_once::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the second run", async || running.counts().handled == 1).await;
+    assert_eq!(effects(&cx).await, 1);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn what_is_returned_goes_through_the_outbox<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, answer::<Db>).await;
+    let event = counted(7);
+    send(&cx, event.clone()).await;
+    until("the run", async || running.counts().handled == 1).await;
+    assert_eq!((effects(&cx).await, cx.n_stored().await), (1, 1), "it is stored, not published");
+    let relay = cx.relay().await;
+    cx.until("the answer", |seen| seen.iter().any(|seen| seen.topic == "bills" && seen.key == "7")).await;
+    let answer = cx.broker.seen().into_iter().find(|seen| seen.topic == "bills").unwrap();
+    assert_eq!(answer.id, EventId::derive(event.id(), "billing/answer/0").to_string());
+    relay.stop().await;
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn a_transaction_that_is_kept_fails_the_run<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, keep::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the letter", async || running.counts().dead_lettered == 1).await;
+    app.kept.lock().clear();
+    assert_eq!(effects(&cx).await, 0);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn what_is_too_old_to_be_known_is_dead_lettered<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::with_memory(&cx.outbox, Memory::Events { keep: Duration::from_secs(3600) }));
+    let running = service(&cx, &app, bill::<Db>).await;
+    let old = SystemTime::now() - Duration::from_secs(3700);
+    send(&cx, counted(1).with_time(old)).await;
+    until("the letter", async || running.counts().dead_lettered == 1).await;
+    // An operator who sends it again has decided.
+    let marks = counted(2).with_time(old).with_extension("evt-replay-group", "billing");
+    send(&cx, marks.with_extension("evt-replay-handler", "bill")).await;
+    // One that was handled is known, however old it is.
+    let event = counted(3);
+    send(&cx, event.clone()).await;
+    send(&cx, event.with_time(old)).await;
+    until("the rest", async || running.counts().handled == 2 && running.counts().duplicates == 1).await;
+    assert_eq!((effects(&cx).await, running.counts().dead_lettered), (2, 1));
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn repetitions_behind_later_events_change_nothing<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences));
+    let running = service(&cx, &app, bill::<Db>).await;
+    let numbered = |n: i64, seq: i64, source: &str| {
+        counted(n)
+            .with_key("k")
+            .with_extension("evt-seq", seq.to_string())
+            .with_extension("evt-source", source)
+    };
+    for (n, seq, source) in [(1, 5, "x"), (2, 9, "x"), (1, 5, "x"), (2, 9, "x"), (3, 3, "y"), (4, 12, "x")] {
+        send(&cx, numbered(n, seq, source)).await;
+    }
+    until("everything", async || running.counts().handled + running.counts().duplicates == 6).await;
+    assert_eq!((running.counts().handled, running.counts().duplicates), (4, 2));
+    // Without a number, or sent again behind later ones by an operator: nobody can say, so nothing is skipped in silence.
+    send(&cx, counted(5).with_key("other")).await;
+    let late = numbered(6, 7, "x").with_extension("evt-replay-group", "billing");
+    send(&cx, late.with_extension("evt-replay-handler", "bill")).await;
+    until("the letters", async || running.counts().dead_lettered == 2).await;
+    assert_eq!(effects(&cx).await, 4);
+    // An event without a key is known by its id.
+    let plain = counted(8).without_key();
+    send(&cx, plain.clone()).await;
+    send(&cx, plain).await;
+    until("the last", async || running.counts().handled == 5 && running.counts().duplicates == 3).await;
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn another_generation_runs_again<Db: Home>(cx: Cx<Db>) {
+    let event = counted(1);
+    let inbox = Inbox::new(&cx.outbox);
+    for (generation, handled) in [(1, 1), (1, 0), (2, 1)] {
+        let running = service(&cx, &App::new(inbox.with_generation(generation)), bill::<Db>).await;
+        send(&cx, event.clone()).await;
+        until("the event", async || running.counts().handled + running.counts().duplicates == 1).await;
+        assert_eq!(running.counts().handled, handled);
+        running.stop().await.unwrap();
+    }
+    assert_eq!(effects(&cx).await, 2);
+}
+
+pub(crate) async fn a_memory_of_another_kind_is_refused<Db: Home>(cx: Cx<Db>) {
+    let running = service(&cx, &App::new(Inbox::new(&cx.outbox)), bill::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the event", async || running.counts().handled == 1).await;
+    running.stop().await.unwrap();
+    let other = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences));
+    let running = service(&cx, &other, bill::<Db>).await;
+    send(&cx, counted(2).with_extension("evt-seq", "1").with_extension("evt-source", "x")).await;
+    until("the letter", async || running.counts().dead_lettered == 1).await;
+    assert_eq!(effects(&cx).await, 1);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn what_is_too_old_is_forgotten<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::with_memory(&cx.outbox, Memory::Events { keep: Duration::from_secs(1000) }));
+    let running = service(&cx, &app, bill::<Db>).await;
+    for n in 0..20 {
+        send(&cx, counted(n)).await;
+    }
+    until("the events", async || running.counts().handled == 20).await;
+    running.stop().await.unwrap();
+    cx.run(&Db::aged(15, 2000)).await;
+    assert!(!app.inbox.forget().await.unwrap());
+    assert_eq!(cx.number("SELECT count(*) FROM EVTinbox").await, 5);
+    // What nobody says anything of is kept.
+    cx.run("DELETE FROM EVTconsumer").await;
+    cx.run(&Db::aged(5, 2000)).await;
+    assert!(!app.inbox.forget().await.unwrap());
+    assert_eq!(cx.number("SELECT count(*) FROM EVTinbox").await, 5);
+}

@@ -1,0 +1,100 @@
+//! Outbox, relay and inbox on each database, with a broker that does what it is told.
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
+
+mod append;
+mod crowd;
+mod handlers;
+mod home;
+mod mutants;
+mod relays;
+
+mod postgres_only {
+    use crate::append::postgres::*;
+    use crate::home::Cx;
+
+    macro_rules! cases {
+        ($($case:ident)*) => {
+            mod case {
+                use super::*;
+                $(
+                    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                    async fn $case() {
+                        super::$case(Cx::open().await).await;
+                    }
+                )*
+            }
+        };
+    }
+
+    cases! {
+        a_key_is_held_until_the_commit
+        an_asynchronous_commit_is_made_one_that_waits
+        a_commit_that_is_refused_publishes_nothing
+        a_lost_connection_is_found_out
+    }
+}
+
+/// The cases of each database.
+macro_rules! on_each {
+    ($($module:ident: $($case:ident)*;)*) => {
+        mod sqlite {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $case() {
+                    crate::$module::$case(crate::home::Cx::<sqlx::Sqlite>::open().await).await;
+                }
+            )*)*
+        }
+        mod postgres {
+            $($(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $case() {
+                    crate::$module::$case(crate::home::Cx::<sqlx::Postgres>::open().await).await;
+                }
+            )*)*
+        }
+    };
+}
+
+on_each! {
+    append:
+        what_is_committed_is_published
+        what_is_rolled_back_is_not
+        events_survive_the_way
+        a_transaction_of_ones_own_publishes
+        what_is_too_large_is_refused_before_the_commit
+        too_many_keys_are_refused
+        tables_of_a_newer_version_are_refused
+        missing_tables_are_told
+        programs_that_start_together_migrate_once
+        two_services_share_a_database
+        a_commit_can_be_asked_for;
+    relays:
+        an_event_is_removed_when_it_is_confirmed
+        a_lost_answer_is_repeated_under_the_same_id
+        a_blocked_key_holds_back_nobody_else
+        what_can_never_be_published_is_parked
+        a_row_that_is_no_event_is_told
+        an_outage_ends_with_everything_published
+        relays_share_the_work
+        a_relay_that_dies_is_replaced
+        a_relay_that_lost_its_lease_changes_nothing
+        a_relay_that_stops_leaves_nothing_behind
+        numbers_ascend_along_each_key
+        the_identity_stays;
+    handlers:
+        an_event_is_handled_once
+        a_run_that_fails_leaves_nothing
+        a_run_that_panics_leaves_nothing
+        a_run_out_of_time_leaves_nothing
+        what_is_returned_goes_through_the_outbox
+        a_transaction_that_is_kept_fails_the_run
+        what_is_too_old_to_be_known_is_dead_lettered
+        repetitions_behind_later_events_change_nothing
+        another_generation_runs_again
+        a_memory_of_another_kind_is_refused
+        what_is_too_old_is_forgotten;
+    crowd:
+        nothing_is_lost_or_invented_or_overtaken
+        writers_of_the_same_keys_do_not_lock_each_other;
+}
