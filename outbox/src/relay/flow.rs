@@ -46,6 +46,26 @@ enum Stage {
     Ended,
 }
 
+/// The events of one key, by id. An event that was published before, and is there again as its removal failed, may come
+/// before the one that is on its way.
+#[derive(Debug, Default)]
+struct Waiting {
+    rows: VecDeque<RowId>,
+    /// One of it is on its way, or its failure is being noted: nothing else of it leaves.
+    is_busy: bool,
+}
+
+impl Waiting {
+    fn insert(&mut self, id: RowId) {
+        let at = self.rows.partition_point(|other| *other < id);
+        self.rows.insert(at, id);
+    }
+
+    fn remove(&mut self, id: RowId) {
+        self.rows.retain(|other| *other != id);
+    }
+}
+
 /// What is to be written, and is held until that is done.
 #[derive(Debug, Default)]
 pub(crate) struct Writes {
@@ -78,8 +98,8 @@ pub(crate) struct Flow {
     owned: HashMap<Shard, i64>,
     leaving: HashMap<Shard, i64>,
     held: HashMap<RowId, Held>,
-    /// The events of each key, by id; the first is on its way, or ready.
-    lanes: HashMap<Lane, VecDeque<RowId>>,
+    lanes: HashMap<Lane, Waiting>,
+    /// Keys of which an event may leave. Some may have nothing to send any more, and one may be there twice.
     ready: VecDeque<Lane>,
     writes: Writes,
     n_bytes: usize,
@@ -163,10 +183,9 @@ impl Flow {
             let (id, shard) = (pending.id, pending.shard);
             let unreadable = pending.event.as_ref().err().cloned();
             self.n_bytes += pending.size_bytes;
-            let entry = self.lanes.entry(lane.clone()).or_default();
-            let at = entry.partition_point(|other| *other < id);
-            entry.insert(at, id);
-            if entry.len() == 1 {
+            let waiting = self.lanes.entry(lane.clone()).or_default();
+            waiting.insert(id);
+            if !waiting.is_busy && waiting.rows.len() == 1 {
                 self.ready.push_back(lane.clone());
             }
             self.held.insert(id, Held { pending, lane, stage: Stage::Waiting });
@@ -182,11 +201,12 @@ impl Flow {
         let mut n_bytes = 0;
         while round.len() < self.policy.batch_events && n_bytes < self.policy.batch_bytes {
             let Some(lane) = self.ready.pop_front() else { break };
-            let first = self.lanes.get(&lane).and_then(VecDeque::front).copied();
-            let Some(held) = first.and_then(|id| self.held.get_mut(&id)) else { continue };
-            if held.stage != Stage::Waiting {
+            let Some(waiting) = self.lanes.get_mut(&lane).filter(|waiting| !waiting.is_busy) else {
                 continue;
-            }
+            };
+            let first = waiting.rows.front();
+            let Some(held) = first.and_then(|id| self.held.get_mut(id)) else { continue };
+            waiting.is_busy = true;
             match &held.pending.event {
                 Ok((topic, envelope)) => {
                     let sent = Sent { id: held.pending.id, topic: topic.clone(), envelope: envelope.clone() };
@@ -247,22 +267,30 @@ impl Flow {
         held.stage = Stage::Ended;
         let (lane, shard) = (held.lane.clone(), held.pending.shard);
         self.writes.published.push((shard, id));
-        let Some(waiting) = self.lanes.get_mut(&lane) else { return };
-        waiting.pop_front();
-        match waiting.is_empty() {
-            true => _ = self.lanes.remove(&lane),
-            false => self.ready.push_back(lane),
+        if let Some(waiting) = self.lanes.get_mut(&lane) {
+            waiting.remove(id);
         }
+        self.open(lane);
     }
 
-    /// Sends an event again: nothing else of its key goes before it.
+    /// Sends an event again: nothing else of its key goes before it, but for what is a repetition itself.
     fn again(&mut self, id: RowId) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Waiting;
         let (lane, shard) = (held.lane.clone(), held.pending.shard);
-        match self.owned.contains_key(&shard) {
-            true => self.ready.push_front(lane),
-            false => self.drop_row(id),
+        if !self.owned.contains_key(&shard) {
+            self.drop_row(id);
+        }
+        self.open(lane);
+    }
+
+    /// Nothing of a key is on its way any more.
+    fn open(&mut self, lane: Lane) {
+        let Some(waiting) = self.lanes.get_mut(&lane) else { return };
+        waiting.is_busy = false;
+        match waiting.rows.is_empty() {
+            true => _ = self.lanes.remove(&lane),
+            false => self.ready.push_back(lane),
         }
     }
 
@@ -301,13 +329,13 @@ impl Flow {
         writes.published.iter().for_each(|(_, id)| self.forget(*id));
         for blocked in &writes.blocked {
             let lane = self.held.get(&blocked.head).map(|held| held.lane.clone());
-            let rows = lane.and_then(|lane| self.lanes.remove(&lane)).unwrap_or_default();
-            rows.into_iter().for_each(|id| self.forget(id));
+            let waiting = lane.and_then(|lane| self.lanes.remove(&lane)).unwrap_or_default();
+            waiting.rows.into_iter().for_each(|id| self.forget(id));
         }
         for parked in &writes.parked {
             let lane = self.held.get(&parked.head).map(|held| held.lane.clone());
             self.drop_row(parked.head);
-            self.ready.extend(lane.filter(|lane| self.lanes.contains_key(lane)));
+            lane.into_iter().for_each(|lane| self.open(lane));
         }
         // What is left behind is at its end when nothing of it is held.
         let busy: HashSet<Shard> = self.held.values().map(|held| held.pending.shard).collect();
@@ -330,8 +358,8 @@ impl Flow {
         if let Some(held) = self.held.get(&id) {
             let lane = held.lane.clone();
             if let Some(waiting) = self.lanes.get_mut(&lane) {
-                waiting.retain(|other| *other != id);
-                if waiting.is_empty() {
+                waiting.remove(id);
+                if waiting.rows.is_empty() && !waiting.is_busy {
                     self.lanes.remove(&lane);
                 }
             }

@@ -178,6 +178,10 @@ fn first_publications_are_in_order_whatever_happens() {
                     let writes = flow.take_writes();
                     if random.u8(..4) == 0 {
                         flow.return_writes(writes);
+                    } else if random.u8(..4) == 0 {
+                        // Another relay has the shards: nothing was written, and what was published comes again.
+                        flow.written(&writes);
+                        flow.lost(&writes.published, &[]);
                     } else {
                         writes.published.iter().for_each(|(_, id)| _ = stored.remove(&id.0));
                         for one in &writes.blocked {

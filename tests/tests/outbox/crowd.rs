@@ -53,6 +53,17 @@ pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
         before = n;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    let mut left = Vec::new();
+    if cx.n_stored().await > 0 {
+        let mut connection = cx.pool.acquire().await.unwrap();
+        for sql in [
+            "SELECT 'shard ' || CAST(shard AS text) || ' of ' || coalesce(owner, 'nobody'), count(*) FROM EVToutbox JOIN EVToutbox_shard USING (shard) GROUP BY 1",
+            "SELECT 'blocked in shard ' || CAST(shard AS text) || ' until ' || CAST(retry_at AS text) || ': ' || error, CAST(attempts AS bigint) FROM EVToutbox_blocked",
+        ] {
+            left.push(format!("{:?}", Db::pairs(&mut connection, cx.sql(sql)).await.unwrap()));
+        }
+        left.extend(relays.iter().map(|relay| format!("{relay:?}")));
+    }
     for relay in relays {
         relay.stop().await;
     }
@@ -71,6 +82,9 @@ pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
     }
     let invented = firsts.keys().filter(|key| !truth.contains_key(*key));
     wrong.extend(invented.map(|key| format!("key {key}: nothing of it was committed")));
+    if !wrong.is_empty() {
+        wrong.extend(left);
+    }
     wrong
 }
 
