@@ -77,3 +77,7 @@ pub use self::relay::{Counts, Permanent, Relay, Relaying, State};
 pub use self::row::{Pending, RowId, Shard};
 pub use self::store::{Blocked, Claim, Leased, Store};
 pub use self::transaction::Transaction;
+
+#[cfg(all(doctest, feature = "sqlite"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

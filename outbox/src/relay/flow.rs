@@ -155,11 +155,16 @@ impl Flow {
         self.owned.keys().copied().collect()
     }
 
+    /// Whether more can be taken in hand.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.owned.is_empty()
+            && self.held.len() - self.n_on_their_way < self.policy.batch_events
+            && self.n_bytes < self.policy.batch_bytes.saturating_mul(2)
+    }
+
     /// What to ask the store for; `None` while enough is in hand.
     pub(crate) fn claim(&self, start: usize) -> Option<Claim> {
-        let is_enough = self.held.len() - self.n_on_their_way >= self.policy.batch_events
-            || self.n_bytes >= self.policy.batch_bytes.saturating_mul(2);
-        if self.owned.is_empty() || is_enough {
+        if !self.has_room() {
             return None;
         }
         let mut shards = self.shards();

@@ -106,7 +106,7 @@ impl Pump {
         let mut rounds: JoinSet<Outcomes> = JoinSet::new();
         let mut claiming: Option<JoinHandle<Result<Vec<Pending>>>> = None;
         let mut writing: Option<JoinHandle<Written>> = None;
-        let (bell, store) = (self.bell.clone(), self.store.clone());
+        let (mut bell, store) = (self.bell.ear(), self.store.clone());
         let mut news = Box::pin(store.news());
         let mut stops = *stopping.borrow_and_update();
         loop {
@@ -165,7 +165,7 @@ impl Pump {
     /// When something is to be done though nothing is heard.
     fn wake_at(&self, now: Instant, claims: bool, writes: bool) -> Instant {
         let mut at = now + LOOK_LATE;
-        if !claims {
+        if !claims && self.flow.has_room() {
             at = at.min(self.look_at.max(now + Duration::from_millis(1)));
         }
         if self.flow.is_ready() && self.resume_at > now {

@@ -46,7 +46,7 @@ pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
     // Until everything is there, or nothing has moved for a while.
     let (mut before, mut still) = (usize::MAX, 0);
     while cx.broker.firsts().values().map(Vec::len).sum::<usize>() < truth.values().map(Vec::len).sum()
-        && still < 60
+        && still < 160
     {
         let n = cx.broker.seen().len();
         still = if n == before { still + 1 } else { 0 };

@@ -88,7 +88,7 @@ impl Home for Postgres {
         let pool =
             sqlx::postgres::PgPoolOptions::new().max_connections(12).connect_with(options).await.unwrap();
         sqlx::raw_sql(AssertSqlSafe(format!("CREATE SCHEMA {name}"))).execute(&pool).await.unwrap();
-        (pool, Namespace::new(&name).unwrap(), Box::new(()))
+        (pool, Namespace::new(&name).unwrap(), Box::new(Schema { url, name }))
     }
 
     async fn run(connection: &mut sqlx::PgConnection, sql: String) -> sqlx::Result<()> {
@@ -112,6 +112,31 @@ impl Home for Postgres {
             "UPDATE EVTinbox SET seen_at = seen_at - {seconds} * interval '1 s'
             WHERE ctid = ANY (ARRAY (SELECT ctid FROM EVTinbox ORDER BY seen_at DESC LIMIT {n_rows}))"
         )
+    }
+}
+
+/// A schema that goes with its test: a server with thousands of them is not the one that is tested.
+struct Schema {
+    url: String,
+    name: String,
+}
+
+impl Drop for Schema {
+    fn drop(&mut self) {
+        let (url, name) = (self.url.clone(), self.name.clone());
+        let drop = async move {
+            let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(&url).await?;
+            let sql =
+                format!("SET lock_timeout = '5s'; DROP SCHEMA IF EXISTS {name}, {name}_b, {name}_n CASCADE");
+            Postgres::run(&mut connection, sql).await
+        };
+        let dropped = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(drop).map_err(std::io::Error::other)
+        });
+        if let Ok(Err(error)) = dropped.join() {
+            eprintln!("the schema of a test stays: {error}");
+        }
     }
 }
 
