@@ -52,7 +52,11 @@ const ARROWS: &[(&str, &[&str], &str)] = &[
         "what a relay has in hand is a state without input, output or clock",
     ),
     ("outbox/src/row.rs", &["crate::store", "crate::relay", "sqlx"], "rows know no database"),
-    ("outbox/src/relay/", &["crate::postgres", "crate::sqlite", "sqlx"], "a relay knows stores, not databases"),
+    (
+        "outbox/src/relay/",
+        &["crate::postgres", "crate::sqlite", "sqlx"],
+        "a relay knows stores, not databases",
+    ),
     ("outbox/src/inbox.rs", &["crate::relay", "crate::store"], "handlers know no relay"),
     ("cli/src/range.rs", &["crate::context", "crate::reader", "crate::out"], "ranges are below readers"),
     ("cli/src/record.rs", &["crate::context", "crate::reader", "crate::out"], "records are below readers"),

@@ -12,6 +12,7 @@ mod fitness;
 mod interop;
 mod kafka_gap;
 mod nats_foreign;
+mod outbox;
 mod rabbitmq_foreign;
 mod round_trip;
 mod secure;
