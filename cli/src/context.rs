@@ -26,6 +26,9 @@ pub(crate) struct Context {
     /// Writes are refused.
     #[serde(default)]
     pub read_only: bool,
+    /// The database of the outbox, where it is not the bus's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outbox: Option<String>,
 }
 
 /// The configuration file.
@@ -125,6 +128,7 @@ impl Config {
                 label: None,
                 protected: name.is_some(),
                 read_only: named.iter().any(|(_, context)| context.read_only),
+                outbox: None,
             };
             return Ok((name.unwrap_or_default(), context));
         }
@@ -177,6 +181,9 @@ enum What {
         /// Writes are refused.
         #[arg(long)]
         read_only: bool,
+        /// The database of its outbox, where that is not the bus's own.
+        #[arg(long, value_name = "URL")]
+        outbox: Option<String>,
         /// Chooses it as well.
         #[arg(long = "use")]
         and_use: bool,
@@ -245,9 +252,9 @@ enum What {
 
 /// A context as a row; what is secret in its address is not shown.
 fn shown(name: &str, context: &Context) -> serde_json::Map<String, serde_json::Value> {
-    let url = eventbus::url::Url::parse(&context.url).map_or_else(|_| "?".into(), |url| url.to_string());
-    row! {"name": name, "url": url, "label": context.label, "protected": context.protected,
-    "read_only": context.read_only}
+    let plain = |url: &str| eventbus::url::Url::parse(url).map_or_else(|_| "?".into(), |url| url.to_string());
+    row! {"name": name, "url": plain(&context.url), "label": context.label, "protected": context.protected,
+    "read_only": context.read_only, "outbox": context.outbox.as_deref().map(plain)}
 }
 
 /// Has the configuration edited, and takes it only if it can be read.
@@ -298,14 +305,16 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
             });
             out.rows(rows.collect())
         }
-        Some(What::Add { name, url, label, protected, read_only, and_use }) => {
+        Some(What::Add { name, url, label, protected, read_only, outbox, and_use }) => {
             eventbus::url::Url::parse(url)?;
+            outbox.as_deref().map(eventbus::url::Url::parse).transpose()?;
             let mut config = Config::own(given)?;
             let context = Context {
                 url: url.clone(),
                 label: label.clone(),
                 protected: *protected,
                 read_only: *read_only,
+                outbox: outbox.clone(),
             };
             config.context.insert(name.clone(), context);
             if *and_use {
@@ -379,9 +388,26 @@ pub(crate) struct Session {
     pub bus: Bus,
     /// The scheme of its address.
     pub broker: String,
-    name: String,
-    context: Context,
-    care: Care,
+    gate: Gate,
+}
+
+impl std::ops::Deref for Session {
+    type Target = Gate;
+
+    fn deref(&self) -> &Gate {
+        &self.gate
+    }
+}
+
+/// The one gate of everything that writes.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// The context's name; empty for an address.
+    pub name: String,
+    /// What is said of it.
+    pub context: Context,
+    /// What the command line says.
+    pub care: Care,
 }
 
 /// The file of an embedded store.
@@ -425,7 +451,7 @@ impl Session {
             Err(error) => return Err(Failure::Connect(error.to_string())),
         };
         let broker = context.url.split("://").next().unwrap_or_default().to_owned();
-        Ok(Self { bus, broker, name, context, care })
+        Ok(Self { bus, broker, gate: Gate { name, context, care } })
     }
 
     /// Returns the administration.
@@ -452,8 +478,10 @@ impl Session {
         };
         Ok((topic, is_new))
     }
+}
 
-    /// The one gate of everything that writes.
+impl Gate {
+    /// Whether something may be written.
     ///
     /// # Errors
     /// Refused: the context is read-only, or protected and not confirmed.

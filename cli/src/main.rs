@@ -11,6 +11,7 @@ mod inspect;
 mod jq;
 mod listing;
 mod out;
+mod outbox;
 mod progress;
 mod publish;
 mod range;
@@ -28,7 +29,7 @@ use std::time::Duration;
 use clap::{CommandFactory, Parser, Subcommand};
 use serde_json::json;
 
-use crate::context::{Care, Config, Session};
+use crate::context::{Care, Config, Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::out::{Color, Format, Out, say};
 use crate::progress::Style;
@@ -118,6 +119,7 @@ enum Command {
     Replay(replay::Replay),
     Dlq(dlq::Dlq),
     Topic(topic::TopicCommand),
+    Outbox(outbox::OutboxCommand),
     Doctor(doctor::Doctor),
     Context(context::ContextCommand),
     /// Writes a completion script.
@@ -148,8 +150,10 @@ async fn main() -> ExitCode {
     let follows = match &cli.command {
         Command::Tail(tail) => tail.follow,
         Command::Inspect(inspect) => inspect.follows(),
+        Command::Outbox(outbox) => outbox.relays(),
         _ => false,
     };
+    let ends_itself = matches!(&cli.command, Command::Outbox(outbox) if outbox.relays());
     let limited = async {
         if follows {
             return work.await;
@@ -160,7 +164,7 @@ async fn main() -> ExitCode {
     };
     let outcome = tokio::select! {
         outcome = limited => outcome,
-        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
+        _ = tokio::signal::ctrl_c(), if !ends_itself => Err(Failure::Interrupted),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -211,9 +215,18 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Topic(topic) => topic.creates(),
         _ => false,
     };
+    let care = || Care { confirm: cli.confirm.clone(), no_input: cli.no_input, dry_run: cli.dry_run };
+    if let Command::Outbox(command) = &cli.command
+        && !command.relays()
+    {
+        // A store that is named needs no bus beside it.
+        let found = config.find(cli.context.as_deref());
+        let (name, context) = if command.names_store() { found.unwrap_or_default() } else { found? };
+        return outbox::run(command, &Gate { name, context, care: care() }, None, &mut out).await;
+    }
     let (name, context) = config.find(cli.context.as_deref())?;
     let session = {
-        let care = Care { confirm: cli.confirm.clone(), no_input: cli.no_input, dry_run: cli.dry_run };
+        let care = care();
         Session::open(creates && !cli.dry_run, name, context, care).await?
     };
     let outcome = match &cli.command {
@@ -226,6 +239,7 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Replay(replay) => replay::run(&session, replay, cli.progress(), &mut out).await,
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
+        Command::Outbox(command) => outbox::run(command, &session, Some(&session), &mut out).await,
         Command::Doctor(doctor) => doctor::run(&session, doctor, &mut out).await,
         Command::Context(_) | Command::Completions { .. } | Command::Version => Ok(()),
     };

@@ -480,7 +480,19 @@ async fn check_owner(bus: &Bus, topic: &Topic, group: &Group) -> Result<()> {
 /// The path of a handler's function, without the types that it was made for.
 fn path<H>() -> &'static str {
     let name = std::any::type_name::<H>();
-    name.split_once('<').map_or(name, |(path, _)| path)
+    let mut open = 0;
+    let begins = name.bytes().rposition(|byte| {
+        match byte {
+            b'>' => open += 1,
+            b'<' => open -= 1,
+            _ => {}
+        }
+        open == 0
+    });
+    match begins.and_then(|at| name.get(..at)) {
+        Some(path) if name.ends_with('>') && !path.is_empty() => path,
+        _ => name,
+    }
 }
 
 fn last(path: &'static str) -> &'static str {
@@ -503,6 +515,20 @@ mod tests {
         pub(super) fn bill() {}
     }
 
+    struct Shop<T>(T);
+
+    impl<T> Shop<T> {
+        fn ship(&self) -> &T {
+            &self.0
+        }
+    }
+
+    trait Sells {
+        fn sell() {}
+    }
+
+    impl Sells for Shop<u8> {}
+
     fn path_of<H>(_: H) -> &'static str {
         path::<H>()
     }
@@ -512,6 +538,8 @@ mod tests {
         let (generic, plain) = (path_of(bill::<Vec<u8>>), path_of(other::bill));
         assert_eq!(name_among(&[generic], generic), "bill");
         assert_eq!(name_among(&[generic, generic], generic), "bill");
+        let (method, of_trait) = (path_of(Shop::<Vec<u8>>::ship), path_of(<Shop<u8> as Sells>::sell));
+        assert_eq!((name_among(&[method], method), name_among(&[of_trait], of_trait)), ("ship", "sell"));
         assert_eq!(name_among(&[generic, plain], plain), "eventbus::service::tests::other::bill");
     }
 }

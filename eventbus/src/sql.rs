@@ -79,6 +79,7 @@ fn of_postgres(code: &str) -> (ErrorKind, &'static str) {
         }
         "54000" => (ErrorKind::TooLarge, "a value is too large for the server"),
         "55P03" => (ErrorKind::Unavailable, "another transaction holds a lock for too long"),
+        "25P02" => (ErrorKind::Unavailable, "an earlier statement of the transaction failed"),
         "40001" | "40P01" => (ErrorKind::Unavailable, "the server asks to try the transaction again"),
         "57014" => (ErrorKind::Timeout, "the server ended the statement"),
         _ if code.starts_with("08")

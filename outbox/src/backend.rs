@@ -8,6 +8,7 @@ use eventbus::{Error, ErrorKind, Result};
 use sqlx::{Database, Pool};
 
 use crate::namespace::Namespace;
+use crate::operator::Dialect;
 use crate::row::Row;
 use crate::store::Store;
 
@@ -57,6 +58,10 @@ pub trait Backend: Database + sealed::Sealed {
         rows: &[Row],
     ) -> impl Future<Output = Result<Fate>> + Send;
 
+    /// Fails where a commit would undo the transaction.
+    #[doc(hidden)]
+    fn check(connection: &mut Self::Connection) -> impl Future<Output = Result<()>> + Send;
+
     /// Whether a transaction was committed; `None` = that cannot be said (yet).
     #[doc(hidden)]
     fn fate(
@@ -86,6 +91,18 @@ pub trait Backend: Database + sealed::Sealed {
     /// Forgets what is older than its consumer remembers, up to a bound; returns whether there may be more.
     #[doc(hidden)]
     fn forget(pool: &Pool<Self>, statements: &Self::Statements) -> impl Future<Output = Result<bool>> + Send;
+
+    /// The words in which databases differ.
+    #[doc(hidden)]
+    const DIALECT: Dialect;
+
+    /// Reads texts.
+    #[doc(hidden)]
+    fn texts(pool: &Pool<Self>, sql: String) -> impl Future<Output = Result<Vec<String>>> + Send;
+
+    /// Runs statements in one transaction; returns how many rows the last of them changed.
+    #[doc(hidden)]
+    fn change(pool: &Pool<Self>, statements: Vec<String>) -> impl Future<Output = Result<u64>> + Send;
 
     /// What a relay works on: connections of its own.
     #[doc(hidden)]

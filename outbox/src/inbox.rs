@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -50,6 +51,8 @@ struct Inner<Db: Backend> {
     generation: u32,
     /// Consumers that are noted with how long they remember.
     consumers: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
+    /// Whether a task forgets what is too old.
+    forgets: AtomicBool,
 }
 
 /// For how long events are remembered that nothing else is said of.
@@ -68,7 +71,13 @@ impl<Db: Backend> Inbox<Db> {
 
     /// Handlers that remember as it is said.
     pub fn with_memory(outbox: &Outbox<Db>, memory: Memory) -> Self {
-        Self(Arc::new(Inner { outbox: outbox.clone(), memory, generation: 1, consumers: Mutex::default() }))
+        Self(Arc::new(Inner {
+            outbox: outbox.clone(),
+            memory,
+            generation: 1,
+            consumers: Mutex::default(),
+            forgets: AtomicBool::default(),
+        }))
     }
 
     /// The same under another name, beginning with 1: nothing was handled yet.
@@ -76,7 +85,13 @@ impl<Db: Backend> Inbox<Db> {
     pub fn with_generation(&self, generation: u32) -> Self {
         let Inner { outbox, memory, .. } = &*self.0;
         let (outbox, memory) = (outbox.clone(), *memory);
-        Self(Arc::new(Inner { outbox, memory, generation, consumers: Mutex::default() }))
+        Self(Arc::new(Inner {
+            outbox,
+            memory,
+            generation,
+            consumers: Mutex::default(),
+            forgets: AtomicBool::default(),
+        }))
     }
 
     /// Returns the outbox.
@@ -112,7 +127,7 @@ impl<Db: Backend> Inbox<Db> {
             Memory::Sequences => KEEP,
         };
         self.register(&consumer, keep).await?;
-        let identity = Identity::of(event, self.0.memory, consumer)?;
+        let identity = Identity::of(event, context.topic(), self.0.memory, consumer)?;
         let mut open = self.0.outbox.open().await?;
         let outbox = self.0.outbox.clone();
         let is_redriven = event.extension("evt-replay-group").is_some();
@@ -171,8 +186,7 @@ impl<Db: Backend> Inbox<Db> {
                     .with("consumer", name)
                     .with("remembers", before));
             }
-            let first = self.0.consumers.lock().len() == 1;
-            if first {
+            if !self.0.forgets.swap(true, Ordering::Relaxed) {
                 tokio::spawn(forget(Arc::downgrade(&self.0)));
             }
             Ok(())
@@ -206,14 +220,16 @@ enum Identity {
 }
 
 impl Identity {
-    fn of(event: &Envelope, memory: Memory, consumer: String) -> Result<Self, Failure> {
+    fn of(event: &Envelope, topic: &Topic, memory: Memory, consumer: String) -> Result<Self, Failure> {
         let (Memory::Sequences, Some(key)) = (memory, event.key()) else {
             return Ok(Self::Message { consumer, id: dedup_id(event) });
         };
         let seq = event.extension("evt-seq").and_then(|seq| seq.parse().ok());
         match (seq, event.extension("evt-source")) {
             (Some(seq), Some(source)) => {
-                Ok(Self::Sequence { consumer, source: source.to_owned(), key: key.as_bytes().to_vec(), seq })
+                // Numbers ascend along the keys of a topic.
+                let source = format!("{source}/{topic}");
+                Ok(Self::Sequence { consumer, source, key: key.as_bytes().to_vec(), seq })
             }
             _ => Err(Failure::permanent(
                 "inbox.no_sequence",

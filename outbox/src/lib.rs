@@ -9,6 +9,7 @@
 //! - [`Outbox`] publishes inside a transaction: [`Outbox::begin`] starts one, [`Outbox::publish`] takes yours.
 //! - [`Relay`] sends what is stored to a bus: in the service, or as a process of its own; any number at once.
 //! - [`Inbox`] is the state of handlers that take a [`Tx`].
+//! - [`Operator`] looks into it and repairs it; `eventctl outbox` does so from a terminal.
 //! - [`Store`] is what a relay needs of a database.
 //!
 //! ```
@@ -53,11 +54,16 @@
 //! # Ok(()) }
 //! ```
 
+#[cfg(not(any(feature = "postgres", feature = "sqlite")))]
+compile_error!("outbox needs a database: enable its feature \"postgres\" or \"sqlite\"");
+
+mod any;
 mod backend;
 mod bell;
 mod head;
 mod inbox;
 mod namespace;
+mod operator;
 #[allow(clippy::module_inception, reason = "the crate is named after its main type")]
 mod outbox;
 #[cfg(feature = "postgres")]
@@ -69,9 +75,11 @@ mod sqlite;
 mod store;
 mod transaction;
 
+pub use self::any::AnyOutbox;
 pub use self::backend::Backend;
 pub use self::inbox::{Inbox, Memory, Tx};
 pub use self::namespace::Namespace;
+pub use self::operator::{Entry, Operator, RelaySeen, Status, Stuck, Which};
 pub use self::outbox::{Options, Outbox, Ticket};
 pub use self::relay::{Counts, Permanent, Relay, Relaying, State};
 pub use self::row::{Pending, RowId, Shard};

@@ -40,10 +40,15 @@ pub struct Row {
     pub(crate) size: i32,
 }
 
+/// What a relay adds to an event at most: three names and their values.
+const MARKS_BYTES: usize = 160;
+
 impl Row {
-    /// Checks an event as a transport would.
+    /// Checks an event as a transport would that is given it with a relay's marks.
     pub(crate) fn new(topic: &Topic, event: Envelope, max_event_bytes: usize) -> Result<Self> {
-        let event = event.admit(max_event_bytes).map_err(|error| error.with("topic", topic))?;
+        let event = event
+            .admit(max_event_bytes.saturating_sub(MARKS_BYTES))
+            .map_err(|error| error.with("topic", topic))?;
         let id = dedup_id(&event);
         let (key, has_key) = match event.key() {
             Some(key) => (key.to_bytes(), true),

@@ -26,6 +26,8 @@ pub struct Claim {
     pub shards: Vec<Shard>,
     /// Events that it has already.
     pub held: Vec<RowId>,
+    /// Keys, each with its topic, of which no more is wanted.
+    pub full: Vec<(String, Bytes)>,
     /// Most events.
     pub max_events: usize,
     /// Most bytes; one event is given however large it is.
@@ -35,7 +37,7 @@ pub struct Claim {
 impl Claim {
     /// Asks for events of shards, of which none is held yet.
     pub fn new(shards: Vec<Shard>, max_events: usize, max_bytes: usize) -> Self {
-        Self { shards, held: Vec::new(), max_events, max_bytes }
+        Self { shards, held: Vec::new(), full: Vec::new(), max_events, max_bytes }
     }
 }
 
@@ -64,7 +66,10 @@ pub struct Blocked {
 impl Blocked {
     /// Says that an event failed, for a reason that may pass.
     pub fn new(pending: &Pending, attempts: u32, retry_in: Duration, error: impl Into<String>) -> Self {
-        let (topic, key, error) = (pending.topic.clone(), pending.key.clone(), error.into());
+        // A text of PostgreSQL holds no NUL, and a line of a terminal no control characters.
+        let plain = |char: char| if char.is_control() { ' ' } else { char };
+        let error = error.into().chars().map(plain).take(1024).collect();
+        let (topic, key) = (pending.topic.clone(), pending.key.clone());
         let (shard, head) = (pending.shard, pending.id);
         Self { shard, topic, key, head, attempts, may_pass: true, retry_in, error }
     }
@@ -100,7 +105,7 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// Transient: what it owns is free when its lease ends.
     async fn leave(&self, relay: &str) -> Result<()>;
 
-    /// Reads committed events of shards in the order of their ids, but for those of keys that are blocked for now. If an
+    /// Reads committed events of shards in the order of their ids, but for those of keys that are blocked for now, or full. If an
     /// event is returned, so is (or was, and is held or gone) every earlier one of its key.
     ///
     /// # Errors

@@ -73,9 +73,22 @@ impl<Db: Backend> Open<Db> {
         Ok(self.ticket)
     }
 
+    /// Stores the events; fails where a commit would not be one.
+    async fn ready(&mut self) -> Result<()> {
+        // One inside of it that failed to begin takes the outer one with it (sqlx 0.9.0), and its commit says nothing.
+        if !sqlx::Connection::is_in_transaction(&*self.transaction) {
+            let message = "the transaction was ended by one inside of it";
+            return Err(Error::new(ErrorKind::Unexpected, message));
+        }
+        match self.events.0.is_empty() {
+            true => Db::check(&mut self.transaction).await,
+            false => self.flush().await.map(drop),
+        }
+    }
+
     /// Stores the events and commits; to be run on a task of its own.
     pub(crate) async fn commit(mut self) -> Result<()> {
-        if let Err(error) = self.flush().await {
+        if let Err(error) = self.ready().await {
             // A rollback may fail as well: then the connection ends, and the transaction with it.
             _ = self.rollback().await;
             return Err(error);

@@ -4,6 +4,7 @@
 mod brokers;
 mod care;
 mod filters;
+mod outbox;
 mod redrive;
 mod schemas;
 mod shell;

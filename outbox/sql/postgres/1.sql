@@ -16,7 +16,7 @@ CREATE TABLE evt.outbox (
   has_key boolean NOT NULL DEFAULT true,
   head json NOT NULL,
   payload bytea,
-  size integer NOT NULL,
+  size integer NOT NULL CHECK (size >= 0),
   created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
   PRIMARY KEY (shard, id)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_cost_delay = 0,

@@ -11,7 +11,7 @@ CREATE TABLE evt_outbox (
   topic TEXT NOT NULL,
   key BLOB NOT NULL,
   has_key INTEGER NOT NULL DEFAULT 1,
-  size INTEGER NOT NULL,
+  size INTEGER NOT NULL CHECK (size >= 0),
   -- Milliseconds since 1970.
   created_at INTEGER NOT NULL DEFAULT (CAST(unixepoch('subsec') * 1000 AS INTEGER)),
   head TEXT NOT NULL,

@@ -11,6 +11,7 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, 
 
 use crate::backend::{Backend, Fate, Known, known, sealed};
 use crate::namespace::Namespace;
+use crate::operator::Dialect;
 use crate::row::Row;
 use crate::store::Store;
 
@@ -22,6 +23,13 @@ const LOCK: i64 = 0x6576_6f75_7462_6f78;
 
 /// Most rows that one helping of forgetting removes.
 const HELPING: i64 = 10_000;
+
+/// Transactions that hold keys, or that relays' floors wait for.
+const BLOCKERS: &str = "SELECT to_json(format('process %s of %s: %s for %s s, holds %s keys, last said: %s', a.pid, coalesce(nullif(a.application_name, ''), 'a program'),
+    a.state, round(extract(epoch FROM clock_timestamp() - a.xact_start)), (SELECT count(*) FROM pg_locks l WHERE l.pid = a.pid
+      AND l.locktype = 'advisory' AND l.classid = 'EVToutbox'::regclass::oid AND l.granted), left(a.query, 60)))
+  FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start < clock_timestamp() - interval '1 s'
+    AND a.pid <> pg_backend_pid() AND (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) ORDER BY a.xact_start";
 
 #[doc(hidden)]
 #[derive(Debug)]
@@ -100,6 +108,12 @@ impl Backend for Postgres {
         id.map(Fate::Transaction).map_err(|_| unreadable("the id of a transaction"))
     }
 
+    /// The server answers the commit of a transaction in which a statement failed as if it had been one, with a word that says
+    /// rollback, which `sqlx` does not read. Any other statement fails there.
+    async fn check(connection: &mut PgConnection) -> Result<()> {
+        sqlx::query("SELECT 1").execute(connection).await.map_err(from_sqlx).map(drop)
+    }
+
     async fn fate(pool: &PgPool, _: &Statements, fate: &Fate) -> Result<Option<bool>> {
         let Fate::Transaction(id) = fate else { return Ok(None) };
         // An id of another server, or one that is not given out yet, is an error there, and nothing is known here.
@@ -146,6 +160,36 @@ impl Backend for Postgres {
     async fn forget(pool: &PgPool, statements: &Statements) -> Result<bool> {
         let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
         Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+    }
+
+    const DIALECT: Dialect = Dialect {
+        object: "json_build_object(",
+        separator: '.',
+        since_ms: "(extract(epoch FROM clock_timestamp() - {}) * 1000)::bigint",
+        hex: "replace(replace({}::text, '-', ''), '\\x', '')",
+        text: "({})::text",
+        bool: "{}",
+        now: "now()",
+        is_owned: || "owner IS NOT NULL AND lease_until > clock_timestamp()".to_owned(),
+        silent_ms: || "(extract(epoch FROM clock_timestamp() - r.seen_at) * 1000)::bigint".to_owned(),
+        own_id: "OVERRIDING SYSTEM VALUE",
+        blockers: BLOCKERS,
+    };
+
+    async fn texts(pool: &PgPool, sql: String) -> Result<Vec<String>> {
+        let rows = sqlx::query_scalar(AssertSqlSafe(format!("SELECT t::text FROM ({sql}) AS q (t)")));
+        rows.fetch_all(pool).await.map_err(from_sqlx)
+    }
+
+    async fn change(pool: &PgPool, statements: Vec<String>) -> Result<u64> {
+        let mut transaction = pool.begin().await.map_err(from_sqlx)?;
+        let mut n_rows = 0;
+        for sql in statements {
+            let done = sqlx::query(AssertSqlSafe(sql)).execute(&mut *transaction).await;
+            n_rows = done.map_err(from_sqlx)?.rows_affected();
+        }
+        transaction.commit().await.map_err(from_sqlx)?;
+        Ok(n_rows)
     }
 
     async fn store(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn Store>> {

@@ -50,7 +50,8 @@ struct Sql {
     unblock: Arc<str>,
 }
 
-/// The rows of a statement's `owned`: shards that are still the relay's, which no one can take before its end.
+/// The rows of a statement's `owned`: shards that are still the relay's when it begins. Another may take them before it ends;
+/// what it says then of an event that was published is true all the same.
 const OWNED: &str = "WITH owned AS MATERIALIZED (
   SELECT s.shard FROM evt.outbox_shard s JOIN unnest($2::smallint[], $3::bigint[]) AS e (shard, epoch)
     ON s.shard = e.shard AND s.epoch = e.epoch
@@ -89,6 +90,7 @@ impl Sql {
                       SELECT o.id, o.shard, o.event_id, o.topic, o.key, o.has_key, o.head, o.payload, o.size::bigint, coalesce(b.attempts, 0) AS attempts
                       FROM evt.outbox o LEFT JOIN evt.outbox_blocked b ON b.shard = o.shard AND b.topic = o.topic AND b.key = o.key
                       WHERE o.shard = s.shard AND o.id >= s.floor AND o.id <> ALL ($3::bigint[])
+                        AND NOT EXISTS (SELECT 1 FROM unnest($6::text[], $7::bytea[]) AS x (topic, key) WHERE x.topic = o.topic AND x.key = o.key)
                         AND (b.retry_at IS NULL OR b.retry_at <= now() OR b.retry_at > now() + {LONGEST_WAIT})
                       ORDER BY o.id LIMIT $4) o
                     ORDER BY s.place, o.id LIMIT $4) f) q
@@ -107,7 +109,8 @@ impl Sql {
                 gone AS (DELETE FROM evt.outbox o USING keys k WHERE o.shard = k.shard AND o.id = k.head_id RETURNING o.*, k.attempts, k.error),
                 freed AS (DELETE FROM evt.outbox_blocked b USING keys k WHERE b.shard = k.shard AND b.topic = k.topic AND b.key = k.key)
                 INSERT INTO evt.outbox_parked (id, shard, event_id, topic, key, has_key, head, payload, size, created_at, attempts, error)
-                SELECT id, shard, event_id, topic, key, has_key, head, payload, size, created_at, attempts, error FROM gone")),
+                SELECT id, shard, event_id, topic, key, has_key, head, payload, size, created_at, attempts, error FROM gone
+                ON CONFLICT (id) DO UPDATE SET error = excluded.error, attempts = excluded.attempts, parked_at = clock_timestamp()")),
             unblock: sql("UPDATE evt.outbox_blocked SET retry_at = now() WHERE may_pass AND retry_at > now() AND shard = ANY ($1::smallint[])"),
         }
     }
@@ -217,7 +220,9 @@ impl Store for PostgresStore {
             .bind(self.floors.of(&claim.shards))
             .bind(held)
             .bind(i64::try_from(claim.max_events).unwrap_or(i64::MAX))
-            .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX));
+            .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX))
+            .bind(claim.full.iter().map(|(topic, _)| topic.as_str()).collect::<Vec<_>>())
+            .bind(claim.full.iter().map(|(_, key)| key.as_ref()).collect::<Vec<&[u8]>>());
         let rows = query.fetch_all(&mut *connection).await.map_err(from_sqlx)?;
         *self.busy.lock() = !rows.is_empty();
         rows.iter().map(pending).collect::<sqlx::Result<_>>().map_err(from_sqlx)

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use eventbus::{Class, Envelope, Error, Topic};
+use eventbus::{Envelope, Error, ErrorKind, Topic};
 
 use crate::row::{Pending, RowId, Shard};
 use crate::store::{Blocked, Claim};
@@ -35,6 +35,9 @@ struct Held {
     pending: Pending,
     lane: Lane,
     stage: Stage,
+    /// How often it failed since it was claimed, and how many events had been published when it first did.
+    tries: u32,
+    failed_at: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,14 +83,32 @@ impl Writes {
     }
 }
 
+/// Events of one key that are waited with: from the first number on no more are asked for, and above the second none is
+/// taken. A long key must not fill the hand.
+const FULL_LANE: usize = 16;
+const LONGEST_LANE: usize = 64;
+
+/// Whether a failure is about the event or its topic, and not about the broker, the way there or who we are there.
+fn is_of_the_event(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::TooLarge
+            | ErrorKind::Invalid
+            | ErrorKind::NotFound
+            | ErrorKind::Unsupported
+            | ErrorKind::Undecodable
+            | ErrorKind::UnknownType
+    )
+}
+
 /// How a round of publishing ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Round {
     /// Something was published.
     Went,
-    /// Everything failed in a way that may pass: the broker is away.
+    /// Nothing was published, for reasons that may pass: the broker is away.
     Stuck,
-    /// Nothing was published, as nothing of it can be.
+    /// Nothing was published, and keys are blocked or events parked for it.
     Refused,
 }
 
@@ -104,8 +125,11 @@ pub(crate) struct Flow {
     writes: Writes,
     n_bytes: usize,
     n_on_their_way: usize,
-    /// Rounds in a row in which the broker took nothing.
-    stuck: u32,
+    /// How many events were published: whoever fails while others go through fails by itself.
+    n_published: u64,
+    /// While a claim is on its way: keys of which something was let go since it began. What it brings of them could be
+    /// behind what it was not to bring.
+    let_go: HashSet<Lane>,
 }
 
 impl Flow {
@@ -120,7 +144,8 @@ impl Flow {
             writes: Writes::default(),
             n_bytes: 0,
             n_on_their_way: 0,
-            stuck: 0,
+            n_published: 0,
+            let_go: HashSet::new(),
         }
     }
 
@@ -162,8 +187,9 @@ impl Flow {
             && self.n_bytes < self.policy.batch_bytes.saturating_mul(2)
     }
 
-    /// What to ask the store for; `None` while enough is in hand.
-    pub(crate) fn claim(&self, start: usize) -> Option<Claim> {
+    /// What to ask the store for; `None` while enough is in hand. Its answer goes to [`claimed`](Self::claimed), also if it
+    /// is none.
+    pub(crate) fn claim(&mut self, start: usize) -> Option<Claim> {
         if !self.has_room() {
             return None;
         }
@@ -174,6 +200,9 @@ impl Flow {
         shards.rotate_left(by);
         let mut claim = Claim::new(shards, self.policy.batch_events, self.policy.batch_bytes);
         claim.held = self.held.keys().copied().collect();
+        let full = self.lanes.iter().filter(|(_, waiting)| waiting.rows.len() >= FULL_LANE);
+        claim.full = full.map(|(lane, _)| (lane.0.clone(), lane.1.clone())).collect();
+        self.let_go.clear();
         Some(claim)
     }
 
@@ -185,6 +214,12 @@ impl Flow {
                 continue;
             }
             let lane: Lane = Arc::new((pending.topic.clone(), pending.key.clone()));
+            let n_waiting = self.lanes.get(&lane).map_or(0, |waiting| waiting.rows.len());
+            if self.let_go.contains(&lane) || n_waiting >= LONGEST_LANE {
+                // Nothing behind it is taken either: the next claim brings all of it in order.
+                self.let_go.insert(lane);
+                continue;
+            }
             let (id, shard) = (pending.id, pending.shard);
             let unreadable = pending.event.as_ref().err().cloned();
             self.n_bytes += pending.size_bytes;
@@ -193,7 +228,7 @@ impl Flow {
             if !waiting.is_busy && waiting.rows.len() == 1 {
                 self.ready.push_back(lane.clone());
             }
-            self.held.insert(id, Held { pending, lane, stage: Stage::Waiting });
+            self.held.insert(id, Held { pending, lane, stage: Stage::Waiting, tries: 0, failed_at: 0 });
             if let Some(reason) = unreadable {
                 tracing::error!(row = id.0, %shard, %reason, "a row of the outbox is no event");
             }
@@ -222,7 +257,7 @@ impl Flow {
                 }
                 Err(reason) => {
                     let (id, reason) = (held.pending.id, reason.clone());
-                    self.give_up(id, Class::Poison, format!("undecodable: {reason}"), 1.0);
+                    self.give_up(id, false, format!("undecodable: {reason}"), 1.0);
                 }
             }
         }
@@ -245,26 +280,44 @@ impl Flow {
         mut random: impl FnMut() -> f64,
     ) -> Round {
         let n_published = outcomes.iter().filter(|(_, outcome)| outcome.is_ok()).count();
-        let may_pass = |(_, outcome): &(RowId, Result<(), Error>)| {
-            outcome.as_ref().err().is_some_and(|error| error.kind().class() == Class::Transient)
-        };
-        let is_stuck = n_published == 0 && outcomes.iter().all(may_pass);
-        self.stuck = if is_stuck { self.stuck + 1 } else { 0 };
-        // At first everything is kept and tried again; when that lasts, others get their turn.
-        let keeps = is_stuck && self.stuck <= self.policy.patience;
+        self.n_published += n_published as u64;
+        let n_failed = outcomes.len() - n_published;
+        let (mut n_kept, mut n_of_the_event) = (0, 0);
         for (id, outcome) in outcomes {
             self.n_on_their_way -= 1;
             match outcome {
                 Ok(()) => self.published(id),
-                Err(_) if keeps => self.again(id),
-                Err(error) => self.give_up(id, error.kind().class(), error.to_string(), random()),
+                Err(error) if n_published == 0 && self.keeps(id, &error) => {
+                    n_kept += 1;
+                    self.again(id);
+                }
+                Err(error) => {
+                    n_of_the_event += usize::from(is_of_the_event(&error));
+                    self.give_up(id, !is_of_the_event(&error), error.to_string(), random());
+                }
             }
         }
+        // One key that fails alone says nothing of the broker.
+        let is_stuck = n_kept > 0 || n_failed > 1 && n_of_the_event == 0;
         match (n_published, is_stuck) {
             (0, true) => Round::Stuck,
             (0, false) => Round::Refused,
             _ => Round::Went,
         }
+    }
+
+    /// Whether an event that failed is sent again without a note: while nothing else goes through either, so that an outage
+    /// is not told of each key; and not for ever, so that others get their turn.
+    fn keeps(&mut self, id: RowId, error: &Error) -> bool {
+        let Some(held) = self.held.get_mut(&id) else { return false };
+        if is_of_the_event(error) || held.pending.attempts > 0 {
+            return false;
+        }
+        if held.tries == 0 {
+            held.failed_at = self.n_published;
+        }
+        held.tries += 1;
+        held.tries <= self.policy.patience && held.failed_at == self.n_published
     }
 
     fn published(&mut self, id: RowId) {
@@ -299,15 +352,13 @@ impl Flow {
         }
     }
 
-    /// Blocks the key of an event, or parks the event. Until the store says so, the lane stays as it is and closed: what
+    /// Blocks the key of an event, or parks the event if it can never pass. Until the store says so, the lane stays as it is and closed: what
     /// is behind the event would be claimed anew and overtake it.
-    fn give_up(&mut self, id: RowId, class: Class, error: String, random: f64) {
+    fn give_up(&mut self, id: RowId, may_pass: bool, error: String, random: f64) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Ended;
-        let may_pass = class == Class::Transient;
         let attempts = held.pending.attempts.saturating_add(1);
         let retry_in = self.policy.backoff(attempts, random);
-        let error: String = error.chars().take(1024).collect();
         let blocked = Blocked { may_pass, ..Blocked::new(&held.pending, attempts, retry_in, error) };
         match may_pass || !self.policy.parks {
             true => self.writes.blocked.push(blocked),
@@ -334,7 +385,9 @@ impl Flow {
         writes.published.iter().for_each(|(_, id)| self.forget(*id));
         for blocked in &writes.blocked {
             let lane = self.held.get(&blocked.head).map(|held| held.lane.clone());
-            let waiting = lane.and_then(|lane| self.lanes.remove(&lane)).unwrap_or_default();
+            let Some(lane) = lane else { continue };
+            let waiting = self.lanes.remove(&lane).unwrap_or_default();
+            self.let_go.insert(lane);
             waiting.rows.into_iter().for_each(|id| self.forget(id));
         }
         for parked in &writes.parked {
@@ -362,6 +415,7 @@ impl Flow {
     fn drop_row(&mut self, id: RowId) {
         if let Some(held) = self.held.get(&id) {
             let lane = held.lane.clone();
+            self.let_go.insert(lane.clone());
             if let Some(waiting) = self.lanes.get_mut(&lane) {
                 waiting.remove(id);
                 if waiting.rows.is_empty() && !waiting.is_busy {

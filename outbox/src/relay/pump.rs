@@ -1,11 +1,14 @@
 //! The loop of a relay: what is claimed, published and noted goes on side by side.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use eventbus::{Envelope, Error, ErrorKind, Publisher, Result, Topic};
+use futures_util::FutureExt as _;
+use futures_util::future::join_all;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
@@ -24,6 +27,9 @@ const LOOK_LATE: Duration = Duration::from_millis(250);
 /// The pause when the broker takes nothing, or the database answers nothing.
 const PAUSE_FROM: Duration = Duration::from_millis(50);
 const PAUSE_TO: Duration = Duration::from_secs(5);
+
+/// How long a relay that stops waits for the database, beside the broker.
+const STOP: Duration = Duration::from_secs(5);
 
 pub(super) struct Pump {
     store: Arc<dyn Store>,
@@ -52,6 +58,7 @@ pub(super) struct Pump {
     /// Whether the broker is there again, so that what waits for it is due.
     unblock: bool,
     n_claims: usize,
+    patience: u32,
 }
 
 type Outcomes = Vec<(RowId, Result<()>)>;
@@ -96,6 +103,7 @@ impl Pump {
             failed_writes: 0,
             unblock: false,
             n_claims: 0,
+            patience: policy.patience,
         }
     }
 
@@ -108,12 +116,18 @@ impl Pump {
         let mut writing: Option<JoinHandle<Written>> = None;
         let (mut bell, store) = (self.bell.ear(), self.store.clone());
         let mut news = Box::pin(store.news());
-        let mut stops = *stopping.borrow_and_update();
+        let end = self.lease / 3 + STOP;
+        let mut stops_at = stopping.borrow_and_update().then(|| Instant::now() + end);
         loop {
             let now = Instant::now();
             if now >= self.until {
                 self.flow.own(&[]);
             }
+            if stops_at.is_some_and(|end| now >= end) {
+                tracing::warn!("the relay ends before all is noted; what is not is published again");
+                break;
+            }
+            let stops = stops_at.is_some();
             if stops && rounds.is_empty() && claiming.is_none() && writing.is_none() && self.flow.is_done() {
                 break;
             }
@@ -123,7 +137,7 @@ impl Pump {
             while !stops && rounds.len() < ROUNDS && now >= self.resume_at && self.flow.is_ready() {
                 let round = self.round();
                 if !round.is_empty() {
-                    rounds.spawn(publish(self.publisher.clone(), round, self.lease / 3));
+                    rounds.spawn(publish_safely(self.publisher.clone(), round, self.lease / 3));
                 }
             }
             if writing.is_none() && now >= self.write_at {
@@ -150,16 +164,24 @@ impl Pump {
                     self.rung = true;
                     news = Box::pin(store.news());
                 }
-                changed = stopping.changed(), if !stops => stops = changed.is_err() || *stopping.borrow_and_update(),
+                changed = stopping.changed(), if !stops => {
+                    if changed.is_err() || *stopping.borrow_and_update() {
+                        stops_at = Some(Instant::now() + end);
+                    }
+                }
                 () = tokio::time::sleep_until(wake_at) => {}
             }
         }
-        keeper.abort();
-        drop(news);
-        if let Err(error) = self.store.leave(&self.name).await {
+        drop((leases, news, rounds));
+        let leaving = async {
+            // A lease that came after it would hold what nobody uses.
+            _ = keeper.await;
+            self.store.leave(&self.name).await
+        };
+        if let Err(error) = bounded(STOP, leaving).await {
             tracing::debug!(%error, "the relay's shards are free when its lease ends");
         }
-        self.store.close().await;
+        _ = tokio::time::timeout(STOP, self.store.close()).await;
     }
 
     /// When something is to be done though nothing is heard.
@@ -183,7 +205,8 @@ impl Pump {
         self.rung = false;
         self.shared.statements.fetch_add(1, Ordering::Relaxed);
         let store = self.store.clone();
-        Some(tokio::spawn(async move { store.claim(&claim).await }))
+        let limit = self.lease / 3;
+        Some(tokio::spawn(async move { bounded(limit, store.claim(&claim)).await }))
     }
 
     fn claimed(&mut self, claimed: Result<Vec<Pending>>) {
@@ -200,6 +223,7 @@ impl Pump {
                 self.flow.claimed(rows);
             }
             Err(error) => {
+                self.flow.claimed(Vec::new());
                 self.database_fails(&error);
                 self.look_at = now + LOOK_LATE;
             }
@@ -228,7 +252,8 @@ impl Pump {
             outcomes.iter().find_map(|(_, outcome)| outcome.as_ref().err()).map(ToString::to_string);
         match self.flow.confirmed(outcomes, fastrand::f64) {
             Round::Went => {
-                self.unblock |= self.vain > 0;
+                // Only then were keys blocked for want of a broker.
+                self.unblock |= self.vain >= self.patience;
                 (self.vain, self.resume_at) = (0, Instant::now());
                 *self.shared.broker.lock() = None;
             }
@@ -243,7 +268,7 @@ impl Pump {
             }
             Round::Refused => {
                 let reason = failure.unwrap_or_default();
-                tracing::error!(%reason, "the broker refused events");
+                *self.shared.broker.lock() = Some(format!("events could not be published: {reason}"));
             }
         }
     }
@@ -259,11 +284,16 @@ impl Pump {
         let n_statements = [writes.published.is_empty(), writes.blocked.is_empty(), writes.parked.is_empty()];
         let n_statements = n_statements.into_iter().filter(|is_empty| !is_empty).count() as u64;
         self.shared.statements.fetch_add(n_statements, Ordering::Relaxed);
+        let limit = self.lease;
         Some(tokio::spawn(async move {
             let outcome = async {
                 let mut owned = None;
                 if !writes.published.is_empty() {
                     owned = Some(store.settle(&name, &epochs, &writes.published).await?);
+                }
+                // Before keys are blocked anew, which are not meant.
+                if let Some(shards) = unblock {
+                    store.unblock(&shards).await?;
                 }
                 if !writes.blocked.is_empty() {
                     store.block(&name, &epochs, &writes.blocked).await?;
@@ -271,15 +301,12 @@ impl Pump {
                 if !writes.parked.is_empty() {
                     store.park(&name, &epochs, &writes.parked).await?;
                 }
-                if let Some(shards) = unblock {
-                    store.unblock(&shards).await?;
-                }
                 if !released.is_empty() {
                     store.release(&name, &released).await?;
                 }
                 Ok(owned)
             };
-            let outcome = outcome.await;
+            let outcome = bounded(limit, outcome).await;
             Written { writes, outcome, released }
         }))
     }
@@ -327,6 +354,12 @@ async fn ended<T>(task: &mut Option<JoinHandle<T>>) -> std::result::Result<T, to
     outcome
 }
 
+/// An answer of the database within a bound: a way that swallows everything answers nothing for many minutes.
+async fn bounded<T>(limit: Duration, answer: impl Future<Output = Result<T>>) -> Result<T> {
+    let late = |_| Err(Error::new(ErrorKind::Timeout, "the database did not answer in time"));
+    tokio::time::timeout(limit, answer).await.unwrap_or_else(late)
+}
+
 fn interrupted(error: tokio::task::JoinError) -> Error {
     Error::new(ErrorKind::Unavailable, "the work on the database was interrupted").caused_by(error)
 }
@@ -336,7 +369,17 @@ fn pause(times: u32) -> Duration {
     doubled.mul_f64(0.5 + fastrand::f64() / 2.0)
 }
 
-/// Publishes a round, and waits for the broker's answers.
+/// The same, if a transport panics as well: then it is not known what became of the events.
+async fn publish_safely(publisher: Arc<dyn Publisher>, round: Vec<Sent>, within: Duration) -> Outcomes {
+    let ids: Vec<RowId> = round.iter().map(|sent| sent.id).collect();
+    let unknown = |_| {
+        let lost = || Err(Error::new(ErrorKind::Unknown, "the transport panicked"));
+        ids.iter().map(|id| (*id, lost())).collect()
+    };
+    AssertUnwindSafe(publish(publisher, round, within)).catch_unwind().await.unwrap_or_else(unknown)
+}
+
+/// Publishes a round, and waits for the broker's answers; a topic that takes nothing does not hold up the others.
 async fn publish(publisher: Arc<dyn Publisher>, round: Vec<Sent>, within: Duration) -> Outcomes {
     let end = Instant::now() + within;
     let mut topics: HashMap<Topic, (Vec<RowId>, Vec<Envelope>)> = HashMap::new();
@@ -345,36 +388,29 @@ async fn publish(publisher: Arc<dyn Publisher>, round: Vec<Sent>, within: Durati
         ids.push(id);
         envelopes.push(envelope);
     }
-    let mut confirms = Vec::with_capacity(topics.len());
-    for (topic, (ids, envelopes)) in topics {
-        let accepted = tokio::time::timeout_at(end, publisher.enqueue(&topic, envelopes)).await;
-        confirms.push((
-            ids,
-            accepted
-                .unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, "the broker took nothing in time"))),
-        ));
-    }
-    let mut outcomes = Vec::new();
-    for (ids, accepted) in confirms {
-        let receipts = match accepted {
-            Ok(confirm) => match tokio::time::timeout_at(end, confirm).await {
-                Ok(receipts) => Ok(receipts),
-                Err(_) => Err(Error::new(ErrorKind::Unknown, "the broker did not answer in time")),
-            },
-            Err(error) => Err(error),
-        };
-        match receipts {
-            Ok(receipts) => {
-                let mut receipts = receipts.into_iter();
-                let missing = || Err(Error::new(ErrorKind::Unexpected, "the transport gave no outcome"));
-                outcomes.extend(
-                    ids.into_iter().map(|id| (id, receipts.next().unwrap_or_else(missing).map(drop))),
-                );
+    let each = topics.into_iter().map(|(topic, (ids, envelopes))| {
+        let publisher = &publisher;
+        async move {
+            let took_nothing = |_| Err(Error::new(ErrorKind::Timeout, "the broker took nothing in time"));
+            let accepted = tokio::time::timeout_at(end, publisher.enqueue(&topic, envelopes)).await;
+            let receipts = match accepted.unwrap_or_else(took_nothing) {
+                Ok(confirm) => tokio::time::timeout_at(end, confirm)
+                    .await
+                    .map_err(|_| Error::new(ErrorKind::Unknown, "the broker did not answer in time")),
+                Err(error) => Err(error),
+            };
+            match receipts {
+                Ok(receipts) => {
+                    let mut receipts = receipts.into_iter();
+                    let missing = || Err(Error::new(ErrorKind::Unknown, "the transport gave no outcome"));
+                    let outcome = |id| (id, receipts.next().unwrap_or_else(missing).map(drop));
+                    ids.into_iter().map(outcome).collect()
+                }
+                Err(error) => ids.into_iter().map(|id| (id, Err(error.duplicate()))).collect::<Vec<_>>(),
             }
-            Err(error) => outcomes.extend(ids.into_iter().map(|id| (id, Err(error.duplicate())))),
         }
-    }
-    outcomes
+    });
+    join_all(each).await.into_iter().flatten().collect()
 }
 
 #[derive(Debug, Clone)]
@@ -393,7 +429,7 @@ async fn keep(
 ) {
     loop {
         let began = Instant::now();
-        let wait = match store.lease(&name, lease).await {
+        let wait = match bounded(lease / 3, store.lease(&name, lease)).await {
             Ok(leased) => {
                 let until = began + lease * 2 / 3;
                 if tell.send(Some(Leases { leased, until })).is_err() {
@@ -410,6 +446,9 @@ async fn keep(
                 (lease / 20).max(PAUSE_FROM)
             }
         };
-        tokio::time::sleep(wait).await;
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = tell.closed() => return,
+        }
     }
 }

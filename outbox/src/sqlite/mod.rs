@@ -5,11 +5,13 @@ mod store;
 use std::sync::Arc;
 
 use eventbus::sql::from_sqlx;
+use eventbus::time::{boot_id, since_boot};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
 use crate::backend::{Backend, Fate, Known, known, sealed};
 use crate::namespace::Namespace;
+use crate::operator::Dialect;
 use crate::row::{Row, Shard};
 use crate::store::Store;
 
@@ -124,6 +126,11 @@ impl Backend for Sqlite {
         last.ok_or_else(|| Error::new(ErrorKind::Unexpected, "nothing was to be stored"))
     }
 
+    /// A statement that fails undoes itself alone, or ends the transaction: then a commit fails.
+    async fn check(_: &mut SqliteConnection) -> Result<()> {
+        Ok(())
+    }
+
     /// An event that is there was committed; one that is not may have been published since.
     async fn fate(pool: &SqlitePool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
         let Fate::Event { row, id } = fate else { return Ok(None) };
@@ -177,6 +184,38 @@ impl Backend for Sqlite {
         Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
     }
 
+    const DIALECT: Dialect = Dialect {
+        object: "json_object(",
+        separator: '_',
+        since_ms: "CAST(unixepoch('subsec') * 1000 - {} AS INTEGER)",
+        hex: "iif({} IS NULL, NULL, lower(hex({})))",
+        text: "{}",
+        bool: "json(iif({}, 'true', 'false'))",
+        now: "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
+        is_owned: || {
+            let (boot, now) = (boot_id().replace('\'', ""), since_boot().as_millis());
+            format!("owner IS NOT NULL AND boot = '{boot}' AND lease_until > {now}")
+        },
+        silent_ms: || format!("{} - r.seen_at", since_boot().as_millis()),
+        own_id: "",
+        blockers: "",
+    };
+
+    async fn texts(pool: &SqlitePool, sql: String) -> Result<Vec<String>> {
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(pool).await.map_err(from_sqlx)
+    }
+
+    async fn change(pool: &SqlitePool, statements: Vec<String>) -> Result<u64> {
+        let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(from_sqlx)?;
+        let mut n_rows = 0;
+        for sql in statements {
+            let done = sqlx::query(AssertSqlSafe(sql)).execute(&mut *transaction).await;
+            n_rows = done.map_err(from_sqlx)?.rows_affected();
+        }
+        transaction.commit().await.map_err(from_sqlx)?;
+        Ok(n_rows)
+    }
+
     async fn store(pool: &SqlitePool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
         check_library(&mut connection).await?;
@@ -184,8 +223,10 @@ impl Backend for Sqlite {
             return Err(Error::new(ErrorKind::NotFound, "the tables are missing: call migrate()")
                 .with("prefix", namespace));
         }
+        let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode").fetch_one(&mut *connection).await;
+        let has_log = mode.map_err(from_sqlx)?.eq_ignore_ascii_case("wal");
         drop(connection);
-        Ok(store::open(pool, namespace))
+        Ok(store::open(pool, namespace, has_log))
     }
 }
 

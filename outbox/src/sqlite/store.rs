@@ -61,9 +61,9 @@ impl Sql {
             identify: sql("INSERT OR IGNORE INTO evt_meta VALUES ('identity', ?)"),
             identity: sql("SELECT value FROM evt_meta WHERE name = 'identity'"),
             seen: sql("INSERT OR REPLACE INTO evt_outbox_relay VALUES (?, ?, ?)"),
-            gone: sql("DELETE FROM evt_outbox_relay WHERE boot <> ? OR seen_at < ?"),
+            gone: sql("DELETE FROM evt_outbox_relay WHERE boot <> ?1 OR seen_at < ?2 OR seen_at > ?2 + 1200000"),
             alive: sql("SELECT count(*) FROM evt_outbox_relay"),
-            candidates: sql("SELECT shard FROM evt_outbox_shard WHERE owner = ?1 OR owner IS NULL OR boot <> ?2 OR lease_until < ?3
+            candidates: sql("SELECT shard FROM evt_outbox_shard WHERE owner = ?1 OR owner IS NULL OR boot <> ?2 OR lease_until < ?3 OR lease_until > ?3 + 600000
                 ORDER BY owner IS ?1 DESC, random() LIMIT ?4"),
             lease: sql("UPDATE evt_outbox_shard SET epoch = epoch + (owner IS NOT ?1), owner = ?1, boot = ?2, lease_until = ?3
                 WHERE shard IN (SELECT value FROM json_each(?4))"),
@@ -75,6 +75,7 @@ impl Sql {
                   SELECT o.id, o.size, coalesce(b.attempts, 0) AS attempts FROM evt_outbox o
                   LEFT JOIN evt_outbox_blocked b ON b.shard = o.shard AND b.topic = o.topic AND b.key = o.key
                   WHERE o.shard IN (SELECT value FROM json_each(?1)) AND o.id NOT IN (SELECT value FROM json_each(?2))
+                    AND NOT EXISTS (SELECT 1 FROM json_each(?6) x WHERE x.value ->> 0 = o.topic AND x.value ->> 1 = hex(o.key))
                     AND (b.retry_at IS NULL OR b.retry_at <= ?3 OR b.retry_at > ?3 + {LONGEST_WAIT})
                   ORDER BY o.id LIMIT ?4),
                 summed AS (SELECT id, attempts, size, sum(size) OVER (ORDER BY id) AS total FROM found)
@@ -87,7 +88,7 @@ impl Sql {
             free: sql("DELETE FROM evt_outbox_blocked WHERE head_id IN (SELECT value FROM json_each(?1))
                 AND shard IN (SELECT value FROM json_each(?2))"),
             block: sql("INSERT OR REPLACE INTO evt_outbox_blocked VALUES (?, ?, ?, ?, ?, ?, ?, ?)"),
-            park: sql("INSERT INTO evt_outbox_parked (id, shard, event_id, topic, key, has_key, size, created_at, attempts, error, head, payload)
+            park: sql("INSERT OR REPLACE INTO evt_outbox_parked (id, shard, event_id, topic, key, has_key, size, created_at, attempts, error, head, payload)
                 SELECT id, shard, event_id, topic, key, has_key, size, created_at, ?2, ?3, head, payload FROM evt_outbox WHERE id = ?1"),
             parked: sql("DELETE FROM evt_outbox WHERE id = ?"),
             freed: sql("DELETE FROM evt_outbox_blocked WHERE shard = ? AND topic = ? AND key = ?"),
@@ -96,11 +97,11 @@ impl Sql {
     }
 }
 
-pub(super) fn open(pool: &SqlitePool, namespace: &Namespace) -> Arc<dyn Store> {
-    // What relays write says only what was done: lost with the power, it is done again.
-    let connect = (*pool.connect_options()).clone();
-    let connect =
-        connect.synchronous(SqliteSynchronous::Normal).busy_timeout(TIMEOUT).create_if_missing(false);
+pub(super) fn open(pool: &SqlitePool, namespace: &Namespace, has_log: bool) -> Arc<dyn Store> {
+    let connect = (*pool.connect_options()).clone().busy_timeout(TIMEOUT).create_if_missing(false);
+    // What relays write says only what was done: lost with the power, it is done again. Without a write-ahead log the
+    // whole file could be lost with it (manual, PRAGMA synchronous).
+    let connect = if has_log { connect.synchronous(SqliteSynchronous::Normal) } else { connect };
     let pool = SqlitePoolOptions::new()
         .max_connections(CONNECTIONS)
         .acquire_timeout(TIMEOUT)
@@ -130,6 +131,11 @@ impl SqliteStore {
 fn list<T: serde::Serialize>(items: impl Iterator<Item = T>) -> String {
     // Numbers and pairs of them: there is nothing that JSON cannot hold.
     serde_json::to_string(&items.collect::<Vec<_>>()).unwrap_or_default()
+}
+
+/// As SQLite's `hex` writes bytes.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02X}")).collect()
 }
 
 fn numbers(shards: &[Shard]) -> String {
@@ -226,7 +232,8 @@ impl Store for SqliteStore {
             .bind(list(claim.held.iter().map(|id| id.0)))
             .bind(now())
             .bind(i64::try_from(claim.max_events).unwrap_or(i64::MAX))
-            .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX));
+            .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX))
+            .bind(list(claim.full.iter().map(|(topic, key)| (topic, hex(key)))));
         let rows = query.fetch_all(&self.pool).await.map_err(from_sqlx)?;
         rows.iter().map(pending).collect::<sqlx::Result<_>>().map_err(from_sqlx)
     }

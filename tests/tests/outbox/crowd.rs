@@ -7,7 +7,10 @@ use std::time::Duration;
 use crate::home::{Cx, Home};
 
 const WRITERS: u64 = 8;
-const KEYS: i64 = 6;
+/// So few that writers meet at them.
+pub(crate) const FEW: i64 = 6;
+/// So many that a shard has several.
+pub(crate) const MANY: i64 = 300;
 
 /// What the run is made of.
 #[derive(Clone, Copy)]
@@ -15,15 +18,18 @@ pub(crate) struct Crowd {
     pub(crate) relays: usize,
     pub(crate) transactions: u64,
     pub(crate) seed: u64,
+    /// How many keys there are.
+    pub(crate) n_keys: i64,
+    /// One of so many answers of the broker is lost; none with 0.
+    pub(crate) loses_one_in: u32,
 }
 
 /// What is wrong after a run; nothing, if it is sound.
 pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
     cx.run("CREATE TABLE counter (k bigint PRIMARY KEY, n bigint NOT NULL); CREATE TABLE truth (k bigint, n bigint); CREATE TABLE noise (x bigint)").await;
-    for key in 0..KEYS {
-        cx.run(&format!("INSERT INTO counter VALUES ({key}, 0)")).await;
-    }
-    cx.broker.loses_one_in(50);
+    let counters: Vec<String> = (0..crowd.n_keys).map(|key| format!("({key}, 0)")).collect();
+    cx.run(&format!("INSERT INTO counter VALUES {}", counters.join(", "))).await;
+    cx.broker.loses_one_in(crowd.loses_one_in);
     cx.broker.answers_after(Duration::from_millis(2));
     let cx = Arc::new(cx);
     let mut relays = Vec::new();
@@ -92,7 +98,7 @@ pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
 async fn write<Db: Home>(cx: Arc<Cx<Db>>, crowd: Crowd, writer: u64) {
     let mut random = fastrand::Rng::with_seed(crowd.seed << 8 | writer);
     for _ in 0..crowd.transactions {
-        let key = random.i64(0..KEYS);
+        let key = random.i64(0..crowd.n_keys);
         let mut tx = cx.outbox.begin().await.unwrap();
         if random.u8(..3) == 0 {
             Db::run(&mut tx, "INSERT INTO noise VALUES (1)".to_owned()).await.unwrap();
@@ -115,7 +121,7 @@ async fn write<Db: Home>(cx: Arc<Cx<Db>>, crowd: Crowd, writer: u64) {
 }
 
 pub(crate) async fn nothing_is_lost_or_invented_or_overtaken<Db: Home>(cx: Cx<Db>) {
-    let wrong = run(cx, Crowd { relays: 3, transactions: 60, seed: 1 }).await;
+    let wrong = run(cx, Crowd { relays: 3, transactions: 60, seed: 1, n_keys: FEW, loses_one_in: 50 }).await;
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 

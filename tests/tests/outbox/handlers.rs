@@ -119,6 +119,19 @@ async fn answer<Db: Home>(mut tx: Tx<Db>, Meta(event): Meta) -> Result<Emit<Bill
     Ok(Emit(Billed { n: number(&event) }))
 }
 
+/// A statement fails, and the handler makes nothing of it.
+async fn swallow<Db: Home>(
+    mut tx: Tx<Db>,
+    Meta(event): Meta,
+    State(runs): State<Runs>,
+) -> Result<(), Failure> {
+    effect(&mut tx, number(&event)).await?;
+    if runs.0.fetch_add(1, Ordering::SeqCst) == 0 {
+        _ = Db::run(&mut tx, "INSERT INTO nowhere VALUES (1)".to_owned()).await;
+    }
+    Ok(())
+}
+
 async fn keep<Db: Home>(
     mut tx: Tx<Db>,
     Meta(event): Meta,
@@ -234,6 +247,32 @@ pub(crate) async fn a_transaction_that_is_kept_fails_the_run<Db: Home>(cx: Cx<Db
     until("the letter", async || running.counts().dead_lettered == 1).await;
     app.kept.lock().clear();
     assert_eq!(effects(&cx).await, 0);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn a_statement_that_failed_is_not_passed_over<Db: Home>(cx: Cx<Db>) {
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, swallow::<Db>).await;
+    send(&cx, counted(1)).await;
+    until("the run", async || running.counts().handled == 1).await;
+    assert_eq!(effects(&cx).await, 1, "the transaction is committed, or run again");
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn numbers_of_two_topics_are_two_sequences<Db: Home>(cx: Cx<Db>) {
+    cx.run("CREATE TABLE effects (n bigint)").await;
+    let app = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences));
+    let other = Topic::new("other").unwrap();
+    let service = Service::new("billing").on(cx.topic.clone(), bill::<Db>).on(other.clone(), bill::<Db>);
+    let running = service.with_state(app).start(&cx.bus).await.unwrap();
+    let numbered = |n: i64, seq: i64| {
+        counted(n).with_key("k").with_extension("evt-seq", seq.to_string()).with_extension("evt-source", "x")
+    };
+    send(&cx, numbered(1, 6)).await;
+    until("the later", async || running.counts().handled == 1).await;
+    cx.bus.publisher().await.unwrap().publish_envelope(&other, numbered(2, 5)).await.unwrap();
+    until("the earlier", async || running.counts().handled == 2).await;
+    assert_eq!(effects(&cx).await, 2);
     running.stop().await.unwrap();
 }
 

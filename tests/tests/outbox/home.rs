@@ -267,6 +267,7 @@ pub(crate) enum Does {
     Refuses(ErrorKind),
     /// Stores them, and the answer is lost.
     LosesAnswers,
+    Panics,
 }
 
 #[derive(Debug, Default)]
@@ -326,6 +327,7 @@ impl Broker {
             return Err(Error::new(ErrorKind::Unavailable, "the broker is away"));
         }
         let does = plan.keys.get(&key).copied();
+        assert!(!matches!(does, Some(Does::Panics)), "as it should");
         if let Some(Does::Refuses(kind)) = does {
             return Err(Error::new(kind, "the broker refuses this key"));
         }

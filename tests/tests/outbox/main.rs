@@ -6,6 +6,7 @@ mod crowd;
 mod handlers;
 mod home;
 mod mutants;
+mod operators;
 mod relays;
 
 mod postgres_only {
@@ -28,6 +29,7 @@ mod postgres_only {
 
     cases! {
         a_key_is_held_until_the_commit
+        a_late_commit_is_published
         an_asynchronous_commit_is_made_one_that_waits
         a_commit_that_is_refused_publishes_nothing
         a_lost_connection_is_found_out
@@ -76,6 +78,10 @@ on_each! {
         what_can_never_be_published_is_parked
         a_row_that_is_no_event_is_told
         an_outage_ends_with_everything_published
+        a_key_that_fails_is_tried_less_and_less
+        a_long_key_does_not_starve_the_others
+        a_transport_that_panics_stops_no_key
+        a_relay_stops_though_its_database_is_gone
         relays_share_the_work
         a_relay_that_dies_is_replaced
         a_relay_that_lost_its_lease_changes_nothing
@@ -89,11 +95,17 @@ on_each! {
         a_run_out_of_time_leaves_nothing
         what_is_returned_goes_through_the_outbox
         a_transaction_that_is_kept_fails_the_run
+        a_statement_that_failed_is_not_passed_over
+        numbers_of_two_topics_are_two_sequences
         what_is_too_old_to_be_known_is_dead_lettered
         repetitions_behind_later_events_change_nothing
         another_generation_runs_again
         a_memory_of_another_kind_is_refused
         what_is_too_old_is_forgotten;
+    operators:
+        operators_see_what_waits
+        operators_free_what_is_stuck
+        operators_give_up_what_nobody_wants;
     crowd:
         nothing_is_lost_or_invented_or_overtaken
         writers_of_the_same_keys_do_not_lock_each_other;

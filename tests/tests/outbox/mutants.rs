@@ -195,13 +195,13 @@ async fn fails(case: impl Future<Output = ()>) -> bool {
 }
 
 macro_rules! crowd_finds {
-    ($($name:ident $bug:ident $n_relays:literal)*) => {$(
+    ($($name:ident $bug:ident $n_relays:literal $word:literal)*) => {$(
         #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
         async fn $name() {
             for seed in 1..=5 {
-                let crowd = Crowd { relays: $n_relays, transactions: 40, seed };
+                let crowd = Crowd { relays: $n_relays, transactions: 40, seed, n_keys: crowd::FEW, loses_one_in: 0 };
                 let wrong = crowd::run(broken!($bug), crowd).await;
-                if !wrong.is_empty() {
+                if wrong.iter().any(|wrong| wrong.contains($word) && !wrong.contains(": 0 of")) {
                     return;
                 }
             }
@@ -211,17 +211,21 @@ macro_rules! crowd_finds {
 }
 
 crowd_finds! {
-    a_cursor_of_numbers_is_found NumberCursor 1
-    a_naive_floor_is_found NaiveFloor 1
-    skipping_what_is_locked_is_found SkipsLocked 3
-    a_cursor_of_transactions_is_found TransactionCursor 1
-    removing_ranges_is_found RemovesRanges 2
+    skipping_what_is_locked_is_found SkipsLocked 3 "overtaken"
+    a_cursor_of_transactions_is_found TransactionCursor 1 "overtaken"
+    removing_ranges_is_found RemovesRanges 2 " lost"
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_sound_store_passes_where_they_fail() {
     for seed in 1..=2 {
-        let crowd = Crowd { relays: 3, transactions: 40, seed };
+        let crowd = Crowd {
+            relays: 3,
+            transactions: 40,
+            seed,
+            n_keys: if seed == 1 { crowd::FEW } else { crowd::MANY },
+            loses_one_in: 0,
+        };
         assert_eq!(crowd::run(place().await, crowd).await, Vec::<String>::new());
     }
 }
@@ -241,6 +245,16 @@ async fn blocks_that_are_not_heeded_are_found() {
     // At every look, instead of once a second and then less often.
     let (broken, sound) = (tries(broken!(KnowsNoBlocks)).await, tries(place().await).await);
     assert!(broken > sound + 2, "{broken} tries with the bug, {sound} without it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_of_numbers_is_found() {
+    assert!(fails(append::postgres::a_late_commit_is_published(broken!(NumberCursor))).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_naive_floor_is_found() {
+    assert!(fails(append::postgres::a_late_commit_is_published(broken!(NaiveFloor))).await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -111,6 +111,72 @@ pub(crate) async fn an_outage_ends_with_everything_published<Db: Home>(cx: Cx<Db
     relay.stop().await;
 }
 
+pub(crate) async fn a_key_that_fails_is_tried_less_and_less<Db: Home>(cx: Cx<Db>) {
+    cx.broker.on("bad", Does::Refuses(ErrorKind::Full));
+    let relay = cx.relay().await;
+    cx.publish("bad", 1).await;
+    cx.until_rows(1, "EVToutbox_blocked").await;
+    // Others that go through do not make it due.
+    let until = Instant::now() + Duration::from_secs(3);
+    let mut n = 0;
+    while Instant::now() < until {
+        cx.publish("good", n).await;
+        n += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let failed = relay.counts().failed;
+    assert!((2..10).contains(&failed), "{failed} tries in three seconds");
+    relay.stop().await;
+}
+
+pub(crate) async fn a_long_key_does_not_starve_the_others<Db: Home>(cx: Cx<Db>) {
+    cx.broker.answers_after(Duration::from_millis(5));
+    for part in 0..4 {
+        let mut tx = cx.outbox.begin().await.unwrap();
+        (0..500).for_each(|n| tx.publish_envelope(&cx.topic, cx.event("long", part * 500 + n)).unwrap());
+        tx.commit().await.unwrap();
+    }
+    cx.publish("short", 1).await;
+    let relay = cx.relay().await;
+    cx.until("the other key", |seen| seen.iter().any(|seen| seen.key == "short")).await;
+    let n_before = cx.broker.seen().len();
+    assert!(n_before < 400, "{n_before} of the long key went before");
+    cx.until_empty().await;
+    assert_eq!(cx.broker.firsts()["long"], (0..2000).collect::<Vec<_>>());
+    relay.stop().await;
+}
+
+pub(crate) async fn a_transport_that_panics_stops_no_key<Db: Home>(cx: Cx<Db>) {
+    cx.broker.on("a", Does::Panics);
+    let relay = cx.relay().await;
+    cx.publish("a", 1).await;
+    let failed = async {
+        while relay.counts().failed == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(crate::home::SOON, failed).await.unwrap();
+    cx.broker.on("a", None);
+    cx.until_empty().await;
+    relay.stop().await;
+}
+
+/// The tables are gone when the broker answers: what is to be noted cannot be, and nobody waits for it for ever.
+pub(crate) async fn a_relay_stops_though_its_database_is_gone<Db: Home>(cx: Cx<Db>) {
+    cx.broker.answers_after(Duration::from_millis(300));
+    let relay = cx.relay().await;
+    cx.publish("a", 1).await;
+    cx.until("the event", |seen| seen.len() == 1).await;
+    cx.run("DROP TABLE EVToutbox_blocked").await;
+    let published = async {
+        while relay.counts().published == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(crate::home::SOON, published).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(20), relay.stop()).await.unwrap();
+}
+
 pub(crate) async fn relays_share_the_work<Db: Home>(cx: Cx<Db>) {
     let store = cx.store().await;
     let lease = Duration::from_secs(5);
