@@ -172,10 +172,12 @@ impl OutboxCommand {
             Failure::Usage("no outbox: give --store with its database, or -c with a context".into())
         })?;
         let options = Options::default().with_namespace(Namespace::new(&self.namespace)?);
-        AnyOutbox::open(url, options).await.map_err(|error| match error.kind() {
+        let outbox = AnyOutbox::open(url, options).await.map_err(|error| match error.kind() {
             eventbus::ErrorKind::Config | eventbus::ErrorKind::Unsupported => error.into(),
             _ => Failure::Connect(error.to_string()),
-        })
+        })?;
+        outbox.verify().await?;
+        Ok(outbox)
     }
 }
 

@@ -68,6 +68,22 @@ impl AnyOutbox {
         }
     }
 
+    /// Fails unless the tables are there, as [`Outbox::verify`] does.
+    ///
+    /// # Errors
+    /// As [`Outbox::verify`].
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn verify(&self) -> Result<()> {
+        match self {
+            #[cfg(feature = "postgres")]
+            Self::Postgres(outbox) => outbox.verify().await,
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(outbox) => outbox.verify().await,
+        }
+    }
+
     /// Returns what operators do with it.
     pub fn operator(&self) -> Box<dyn Operator> {
         match self {

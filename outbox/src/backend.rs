@@ -92,6 +92,10 @@ pub trait Backend: Database + sealed::Sealed {
     #[doc(hidden)]
     fn forget(pool: &Pool<Self>, statements: &Self::Statements) -> impl Future<Output = Result<bool>> + Send;
 
+    /// Whether there are tables; an error if they are not ours to use.
+    #[doc(hidden)]
+    fn verify(pool: &Pool<Self>, namespace: &Namespace) -> impl Future<Output = Result<bool>> + Send;
+
     /// The words in which databases differ.
     #[doc(hidden)]
     const DIALECT: Dialect;

@@ -25,8 +25,8 @@ pub struct Options {
     pub namespace: Namespace,
     /// The CloudEvents `source` of what is published; `/` and the program's name by default.
     pub source: Text,
-    /// Largest event in bytes, headers counted: what the broker takes, as the event is refused before the commit. 1 MiB
-    /// by default.
+    /// Largest event in bytes, headers and the relay's marks counted: what the broker takes, as the event is refused
+    /// before the commit. 983,040 by default, which is what all brokers take unless they are set otherwise.
     pub max_event_bytes: usize,
 }
 
@@ -37,7 +37,7 @@ impl Default for Options {
         Self {
             namespace: Namespace::default(),
             source: format!("/{}", stem.unwrap_or("outbox")).into(),
-            max_event_bytes: 1 << 20,
+            max_event_bytes: 983_040,
         }
     }
 }
@@ -66,7 +66,7 @@ impl Options {
 ///
 /// | Bound | Value |
 /// |---|---|
-/// | an event | 1 MiB, [`Options::max_event_bytes`] |
+/// | an event | 983,040 bytes, [`Options::max_event_bytes`] |
 /// | keys in one transaction | 512; any number of events |
 ///
 /// What is published in one transaction is in the order of the calls, for each key and topic; transactions that publish
@@ -215,8 +215,29 @@ impl<Db: Backend> Outbox<Db> {
     /// # Cancellation
     /// Nothing stays open.
     pub async fn store(&self) -> Result<Arc<dyn Store>> {
+        self.verify().await?;
         let outbox = self.clone();
         whole(async move { Db::store(&outbox.0.pool, &outbox.0.options.namespace).await }).await
+    }
+
+    /// Fails unless the tables are there and of the version that this program knows; changes nothing.
+    ///
+    /// # Errors
+    /// [`NotFound`](ErrorKind::NotFound) without tables; [`Conflict`](ErrorKind::Conflict) for tables of a newer version;
+    /// or transient.
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn verify(&self) -> Result<()> {
+        let outbox = self.clone();
+        let namespace = &self.0.options.namespace;
+        match whole(async move { Db::verify(&outbox.0.pool, &outbox.0.options.namespace).await }).await? {
+            true => Ok(()),
+            false => {
+                let message = "the tables of the outbox are missing: call migrate(), or run outbox/sql/";
+                Err(Error::new(ErrorKind::NotFound, message).with("namespace", namespace))
+            }
+        }
     }
 
     /// A transaction; on a task of its own, as a connection that is given up while it begins comes back to the others in the

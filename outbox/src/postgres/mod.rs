@@ -192,13 +192,12 @@ impl Backend for Postgres {
         Ok(n_rows)
     }
 
-    async fn store(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+    async fn verify(pool: &PgPool, namespace: &Namespace) -> Result<bool> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
-        if !known(version(&mut connection, namespace).await?)? {
-            return Err(Error::new(ErrorKind::NotFound, "the tables are missing: call migrate()")
-                .with("schema", namespace));
-        }
-        drop(connection);
+        known(version(&mut connection, namespace).await?)
+    }
+
+    async fn store(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
         store::open(pool, namespace).await
     }
 }

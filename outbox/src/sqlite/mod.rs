@@ -216,16 +216,15 @@ impl Backend for Sqlite {
         Ok(n_rows)
     }
 
-    async fn store(pool: &SqlitePool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+    async fn verify(pool: &SqlitePool, namespace: &Namespace) -> Result<bool> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
         check_library(&mut connection).await?;
-        if !known(version(&mut connection, namespace).await?)? {
-            return Err(Error::new(ErrorKind::NotFound, "the tables are missing: call migrate()")
-                .with("prefix", namespace));
-        }
-        let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode").fetch_one(&mut *connection).await;
+        known(version(&mut connection, namespace).await?)
+    }
+
+    async fn store(pool: &SqlitePool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+        let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode").fetch_one(pool).await;
         let has_log = mode.map_err(from_sqlx)?.eq_ignore_ascii_case("wal");
-        drop(connection);
         Ok(store::open(pool, namespace, has_log))
     }
 }
