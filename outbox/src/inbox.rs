@@ -57,6 +57,8 @@ struct Inner<Db: Backend> {
 
 /// For how long events are remembered that nothing else is said of.
 const KEEP: Duration = Duration::from_secs(14 * 24 * 3600);
+/// How much longer it is remembered: clocks of producers and ours are not one.
+const SLACK: Duration = Duration::from_secs(24 * 3600);
 /// How often what is too old is forgotten, and the pause between two helpings of it.
 const FORGET_EVERY: Duration = Duration::from_secs(600);
 const FORGET_PAUSE: Duration = Duration::from_millis(100);
@@ -173,7 +175,7 @@ impl<Db: Backend> Inbox<Db> {
                 Memory::Events { .. } => "events",
                 Memory::Sequences => "sequences",
             };
-            let seconds = i64::try_from(keep.as_secs()).unwrap_or(i64::MAX);
+            let seconds = i64::try_from(keep.saturating_add(SLACK).as_secs()).unwrap_or(i64::MAX);
             let before = whole({
                 let (outbox, name) = (outbox.clone(), name.clone());
                 async move { Db::register(outbox.pool(), outbox.statements(), &name, memory, seconds).await }
@@ -208,9 +210,13 @@ async fn forget<Db: Backend>(inbox: std::sync::Weak<Inner<Db>>) {
     }
 }
 
-/// How long ago an event was made, as far as it says.
+/// How long ago an event was made, as far as it says: by its time, or by its id (UUIDv7).
 fn age(event: &Envelope) -> Option<Duration> {
-    SystemTime::now().duration_since(event.time()?).ok()
+    let of_id = || {
+        let (seconds, nanos) = event.id().as_uuid()?.get_timestamp()?.to_unix();
+        SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))
+    };
+    SystemTime::now().duration_since(event.time().or_else(of_id)?).ok()
 }
 
 /// By what an event is known.

@@ -165,10 +165,11 @@ impl Flow {
         idle.into_iter().for_each(|id| self.drop_row(id));
     }
 
-    /// Of these shards those of which nothing is in hand.
+    /// Of these shards those that are not ours any more, and of which nothing is in hand.
     pub(crate) fn left(&self, shards: &[Shard]) -> Vec<Shard> {
         let busy: HashSet<Shard> = self.held.values().map(|held| held.pending.shard).collect();
-        shards.iter().copied().filter(|shard| !busy.contains(shard)).collect()
+        let is_left = |shard: &Shard| !busy.contains(shard) && !self.owned.contains_key(shard);
+        shards.iter().copied().filter(is_left).collect()
     }
 
     /// Shards and epochs under which things are written.

@@ -3,6 +3,7 @@
 mod flow;
 mod pump;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -21,8 +22,8 @@ use crate::bell::Bell;
 use crate::outbox::Outbox;
 use crate::store::Store;
 
-/// What becomes of a key whose first event can never be published: too large for the broker, no event at all, a topic
-/// that does not exist or that this program may not write to.
+/// What becomes of a key whose first event cannot be published for what it is: too large for the broker, no event at all,
+/// for a topic that does not exist. (Whatever else fails, such as missing rights, may pass and blocks the key.)
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Permanent {
@@ -220,9 +221,28 @@ pub(crate) struct Shared {
     pub(crate) blocked: AtomicU64,
     pub(crate) parked: AtomicU64,
     pub(crate) statements: AtomicU64,
-    /// What goes wrong with the database, and with the broker.
-    pub(crate) database: Mutex<Option<String>>,
-    pub(crate) broker: Mutex<Option<String>>,
+    /// What goes wrong now.
+    ails: Mutex<BTreeMap<Part, String>>,
+}
+
+/// What can go wrong, each by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Part {
+    Leases,
+    Writes,
+    Claims,
+    Broker,
+}
+
+impl Shared {
+    pub(crate) fn is_well(&self, part: Part) {
+        self.ails.lock().remove(&part);
+    }
+
+    /// Notes what goes wrong; returns whether it just began to.
+    pub(crate) fn ails(&self, part: Part, reason: String) -> bool {
+        self.ails.lock().insert(part, reason).is_none()
+    }
 }
 
 /// A relay that runs, until it is stopped or dropped.
@@ -259,8 +279,8 @@ impl Relaying {
 
     /// Returns how it is.
     pub fn state(&self) -> State {
-        let database = self.shared.database.lock().clone();
-        match database.or_else(|| self.shared.broker.lock().clone()) {
+        let ails = self.shared.ails.lock().values().next().cloned();
+        match ails {
             Some(reason) => State::Degraded { reason },
             None if self.task.is_finished() => State::Degraded { reason: "the relay has ended".to_owned() },
             None => State::Running,

@@ -14,7 +14,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::flow::{Flow, Round, Sent, Writes};
-use super::{Policy, Shared};
+use super::{Part, Policy, Shared};
 use crate::bell::Bell;
 use crate::row::{Pending, RowId, Shard};
 use crate::store::{Leased, Store};
@@ -68,6 +68,8 @@ struct Written {
     writes: Writes,
     outcome: Result<Option<Vec<Shard>>>,
     released: Vec<Shard>,
+    /// Whether what waits for the broker was to be due.
+    unblocks: bool,
 }
 
 impl Pump {
@@ -143,7 +145,7 @@ impl Pump {
             if writing.is_none() && now >= self.write_at {
                 writing = self.write();
             }
-            let wake_at = self.wake_at(now, claiming.is_some(), writing.is_some());
+            let wake_at = self.wake_at(now, stops || claiming.is_some(), writing.is_some());
             tokio::select! {
                 biased;
                 Some(outcomes) = rounds.join_next() => self.published(outcomes.unwrap_or_default()),
@@ -213,7 +215,7 @@ impl Pump {
         let now = Instant::now();
         match claimed {
             Ok(rows) => {
-                *self.shared.database.lock() = None;
+                self.shared.is_well(Part::Claims);
                 self.look_every = match rows.is_empty() {
                     true => (self.look_every * 2).min(LOOK_LATE),
                     false => LOOK_SOON,
@@ -224,7 +226,7 @@ impl Pump {
             }
             Err(error) => {
                 self.flow.claimed(Vec::new());
-                self.database_fails(&error);
+                self.database_fails(Part::Claims, &error);
                 self.look_at = now + LOOK_LATE;
             }
         }
@@ -255,20 +257,21 @@ impl Pump {
                 // Only then were keys blocked for want of a broker.
                 self.unblock |= self.vain >= self.patience;
                 (self.vain, self.resume_at) = (0, Instant::now());
-                *self.shared.broker.lock() = None;
+                self.shared.is_well(Part::Broker);
             }
             Round::Stuck => {
                 self.vain = self.vain.saturating_add(1);
                 self.resume_at = Instant::now() + pause(self.vain);
-                let reason = failure.unwrap_or_default();
-                if self.vain == 1 {
-                    tracing::warn!(%reason, "the broker takes nothing; it is tried again");
+                let reason = format!("the broker takes nothing: {}", failure.unwrap_or_default());
+                if self.shared.ails(Part::Broker, reason.clone()) {
+                    tracing::warn!(%reason, "it is tried again");
                 }
-                *self.shared.broker.lock() = Some(format!("the broker takes nothing: {reason}"));
             }
             Round::Refused => {
-                let reason = failure.unwrap_or_default();
-                *self.shared.broker.lock() = Some(format!("events could not be published: {reason}"));
+                let reason = format!("events could not be published: {}", failure.unwrap_or_default());
+                if self.shared.ails(Part::Broker, reason.clone()) {
+                    tracing::error!(%reason, "keys are blocked, or events are set aside");
+                }
             }
         }
     }
@@ -279,7 +282,8 @@ impl Pump {
             return None;
         }
         self.surplus.retain(|shard| !released.contains(shard));
-        let unblock = std::mem::take(&mut self.unblock).then(|| self.flow.shards());
+        let unblocks = std::mem::take(&mut self.unblock);
+        let unblock = unblocks.then(|| self.flow.shards());
         let (store, name, epochs) = (self.store.clone(), self.name.clone(), self.flow.epochs());
         let n_statements = [writes.published.is_empty(), writes.blocked.is_empty(), writes.parked.is_empty()];
         let n_statements = n_statements.into_iter().filter(|is_empty| !is_empty).count() as u64;
@@ -307,14 +311,15 @@ impl Pump {
                 Ok(owned)
             };
             let outcome = bounded(limit, outcome).await;
-            Written { writes, outcome, released }
+            Written { writes, outcome, released, unblocks }
         }))
     }
 
     fn written(&mut self, written: Written) {
-        let Written { writes, outcome, released } = written;
+        let Written { writes, outcome, released, unblocks } = written;
         match outcome {
             Ok(owned) => {
+                self.shared.is_well(Part::Writes);
                 self.failed_writes = 0;
                 self.shared.blocked.fetch_add(writes.blocked.len() as u64, Ordering::Relaxed);
                 self.shared.parked.fetch_add(writes.parked.len() as u64, Ordering::Relaxed);
@@ -328,7 +333,8 @@ impl Pump {
                 }
             }
             Err(error) => {
-                self.database_fails(&error);
+                self.database_fails(Part::Writes, &error);
+                self.unblock |= unblocks;
                 self.failed_writes = self.failed_writes.saturating_add(1);
                 self.write_at = Instant::now() + pause(self.failed_writes);
                 self.flow.return_writes(writes);
@@ -337,12 +343,10 @@ impl Pump {
         }
     }
 
-    fn database_fails(&self, error: &Error) {
-        let mut told = self.shared.database.lock();
-        if told.is_none() {
+    fn database_fails(&self, part: Part, error: &Error) {
+        if self.shared.ails(part, format!("the database fails: {error}")) {
             tracing::warn!(%error, "the database fails; it is tried again");
         }
-        *told = Some(format!("the database fails: {error}"));
     }
 }
 
@@ -431,6 +435,7 @@ async fn keep(
         let began = Instant::now();
         let wait = match bounded(lease / 3, store.lease(&name, lease)).await {
             Ok(leased) => {
+                shared.is_well(Part::Leases);
                 let until = began + lease * 2 / 3;
                 if tell.send(Some(Leases { leased, until })).is_err() {
                     return;
@@ -438,11 +443,9 @@ async fn keep(
                 lease / 5
             }
             Err(error) => {
-                let mut told = shared.database.lock();
-                if told.is_none() {
+                if shared.ails(Part::Leases, format!("the lease could not be renewed: {error}")) {
                     tracing::warn!(%error, "the lease could not be renewed; it is tried again");
                 }
-                *told = Some(format!("the database fails: {error}"));
                 (lease / 20).max(PAUSE_FROM)
             }
         };

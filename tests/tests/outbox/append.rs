@@ -196,6 +196,8 @@ pub(crate) mod postgres {
     use std::time::Duration;
 
     use eventbus::Event;
+    use eventbus_tests::proxy::{Proxy, Wire};
+    use outbox::{Options, Outbox};
     use sqlx::Postgres;
 
     use crate::home::Cx;
@@ -278,6 +280,46 @@ pub(crate) mod postgres {
         let error = tx.commit().await.unwrap_err();
         assert!(!error.is_retryable() && !error.is_unknown(), "{error}");
         assert_eq!(cx.n_stored().await, 0);
+    }
+
+    /// The commit is done and its answer is lost: that is found out as well.
+    pub(crate) async fn a_commit_whose_answer_is_lost_is_found_out(cx: Cx<Postgres>) {
+        let url = xtask::brokers::url(xtask::brokers::Kind::Postgres).unwrap();
+        let connect: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
+        let wire = Proxy::start().unwrap();
+        wire.lead(connect.get_port());
+        let connect = connect.port(wire.port()).options([("search_path", cx.namespace.as_str())]);
+        let pool = sqlx::postgres::PgPoolOptions::new().connect_with(connect).await.unwrap();
+        let options = Options::default().with_namespace(cx.namespace.clone());
+        let behind = Outbox::with_options(pool, options);
+        // A commit that takes its time, so that the wire fails in the middle of it.
+        cx.run("CREATE TABLE slow (x bigint);
+            CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
+            CREATE CONSTRAINT TRIGGER waits AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()")
+            .await;
+        let mut tx = behind.begin().await.unwrap();
+        let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+        sqlx::query("INSERT INTO slow VALUES (1)").execute(&mut *tx).await.unwrap();
+        tx.publish_envelope(&cx.topic, cx.event("a", 1)).unwrap();
+        let ticket = tx.flush().await.unwrap().unwrap();
+        let commit = tokio::spawn(tx.commit());
+        let until = async |sql: &str| {
+            let waiting = async {
+                while cx.number(sql).await == 0 {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::time::timeout(crate::home::SOON, waiting).await.unwrap();
+        };
+        until(&format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid} AND query = 'COMMIT'")).await;
+        wire.set(Wire::DropAnswers);
+        until("SELECT count(*) FROM EVToutbox").await;
+        assert_eq!(cx.outbox.resolve(ticket).await.unwrap(), Some(true));
+        assert!(!commit.is_finished());
+        wire.set(Wire::Whole);
+        wire.reset();
+        commit.await.unwrap().unwrap();
+        assert_eq!(cx.n_stored().await, 1);
     }
 
     /// The connection ends while it commits: whether it is committed is found out, and not guessed.

@@ -35,7 +35,7 @@ pub(crate) async fn run<Db: Home>(cx: Cx<Db>, crowd: Crowd) -> Vec<String> {
     let mut relays = Vec::new();
     for _ in 0..crowd.relays {
         relays.push(
-            cx.relay_with(|relay| relay.with_lease(Duration::from_secs(2)).with_batch(20, 1 << 20)).await,
+            cx.relay_with(|relay| relay.with_lease(Duration::from_secs(5)).with_batch(20, 1 << 20)).await,
         );
     }
     let writers: Vec<_> = (0..WRITERS).map(|writer| tokio::spawn(write(cx.clone(), crowd, writer))).collect();

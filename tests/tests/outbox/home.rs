@@ -169,9 +169,9 @@ impl<Db: Home> Cx<Db> {
         Self { pool, namespace, outbox, broker, bus, topic, broken: None, _place: place }
     }
 
-    /// A relay with a short lease.
+    /// A relay whose lease is short, and long enough for a machine with much to do.
     pub(crate) async fn relay(&self) -> Relaying {
-        self.relay_with(|relay| relay.with_lease(Duration::from_secs(2))).await
+        self.relay_with(|relay| relay.with_lease(Duration::from_secs(5))).await
     }
 
     pub(crate) async fn relay_with(&self, with: impl FnOnce(Relay) -> Relay) -> Relaying {

@@ -33,6 +33,7 @@ mod postgres_only {
         an_asynchronous_commit_is_made_one_that_waits
         a_commit_that_is_refused_publishes_nothing
         a_lost_connection_is_found_out
+        a_commit_whose_answer_is_lost_is_found_out
     }
 }
 
