@@ -73,27 +73,18 @@ impl<Db: Backend> Inbox<Db> {
 
     /// Handlers that remember as it is said.
     pub fn with_memory(outbox: &Outbox<Db>, memory: Memory) -> Self {
-        Self(Arc::new(Inner {
-            outbox: outbox.clone(),
-            memory,
-            generation: 1,
-            consumers: Mutex::default(),
-            forgets: AtomicBool::default(),
-        }))
+        Self::named(outbox.clone(), memory, 1)
+    }
+
+    fn named(outbox: Outbox<Db>, memory: Memory, generation: u32) -> Self {
+        let (consumers, forgets) = (Mutex::default(), AtomicBool::default());
+        Self(Arc::new(Inner { outbox, memory, generation, consumers, forgets }))
     }
 
     /// The same under another name, beginning with 1: nothing was handled yet.
     #[must_use]
     pub fn with_generation(&self, generation: u32) -> Self {
-        let Inner { outbox, memory, .. } = &*self.0;
-        let (outbox, memory) = (outbox.clone(), *memory);
-        Self(Arc::new(Inner {
-            outbox,
-            memory,
-            generation,
-            consumers: Mutex::default(),
-            forgets: AtomicBool::default(),
-        }))
+        Self::named(self.0.outbox.clone(), self.0.memory, generation)
     }
 
     /// Returns the outbox.
@@ -135,32 +126,26 @@ impl<Db: Backend> Inbox<Db> {
         let is_redriven = event.extension("evt-replay-group").is_some();
         let is_old = age(event).is_some_and(|age| age > keep);
         whole(async move {
-            match Db::remember(&mut open.transaction, outbox.statements(), &identity.known()).await {
-                Ok(true) if is_old && !is_redriven && identity.is_forgotten() => {
-                    _ = open.rollback().await;
-                    Err(Error::new(
-                        ErrorKind::Invalid,
-                        "the event is older than the inbox remembers, which cannot say whether it was handled",
-                    )
-                    .with("remembers_days", keep.as_secs() / 86_400))
-                }
-                Ok(true) => Ok(Some(open)),
-                Ok(false) if is_redriven && !identity.is_forgotten() => {
-                    _ = open.rollback().await;
-                    Err(Error::new(
-                        ErrorKind::Conflict,
-                        "later events of the key were handled: the sequence of keys cannot go back",
-                    ))
-                }
-                Ok(false) => {
-                    _ = open.rollback().await;
-                    Ok(None)
-                }
-                Err(error) => {
-                    _ = open.rollback().await;
-                    Err(error)
-                }
-            }
+            let is_forgotten = identity.is_forgotten();
+            let refused = match Db::remember(&mut open.transaction, outbox.statements(), &identity.known())
+                .await
+            {
+                Ok(true) if is_old && !is_redriven && is_forgotten => Err(Error::new(
+                    ErrorKind::Invalid,
+                    "the event is older than the inbox remembers, which cannot say whether it was handled",
+                )
+                .with("remembers_days", keep.as_secs() / 86_400)),
+                Ok(true) => return Ok(Some(open)),
+                Ok(false) if is_redriven && !is_forgotten => Err(Error::new(
+                    ErrorKind::Conflict,
+                    "later events of the key were handled: the sequence of keys cannot go back",
+                )),
+                Ok(false) => Ok(None),
+                Err(error) => Err(error),
+            };
+            // One that fails ends with its connection.
+            _ = open.rollback().await;
+            refused
         })
         .await
         .map_err(Failure::from)

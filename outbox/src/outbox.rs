@@ -15,7 +15,7 @@ use crate::store::Store;
 use crate::transaction::{Open, Transaction};
 
 /// Most keys in one transaction: each is a lock of PostgreSQL, whose table of locks is shared by all.
-pub(crate) const MAX_KEYS: usize = 512;
+const MAX_KEYS: usize = 512;
 
 /// Settings of an [`Outbox`].
 #[derive(Debug, Clone)]

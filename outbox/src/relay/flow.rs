@@ -353,8 +353,8 @@ impl Flow {
         }
     }
 
-    /// Blocks the key of an event, or parks the event if it can never pass. Until the store says so, the lane stays as it is and closed: what
-    /// is behind the event would be claimed anew and overtake it.
+    /// Blocks the key of an event, or parks the event if it can never pass. Until the store says so, the lane stays as it
+    /// is and closed: what is behind the event would be claimed anew and overtake it.
     fn give_up(&mut self, id: RowId, may_pass: bool, error: String, random: f64) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Ended;
