@@ -2,8 +2,10 @@
 
 use std::fmt::Debug;
 use std::future::Future;
+use std::ops::DerefMut;
 use std::sync::Arc;
 
+use eventbus::sql::{from_sqlx, is_unknown};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{Database, Pool};
 
@@ -31,9 +33,13 @@ pub enum Known<'a> {
 ///
 /// It is sealed: what is asked of a database is proven for each.
 pub trait Backend: Database + sealed::Sealed {
-    /// Whether one transaction writes at a time.
+    /// What the transactions of a process share.
     #[doc(hidden)]
-    const HAS_ONE_WRITER: bool;
+    type Writer: Debug + Default + Send + Sync + 'static;
+
+    /// A transaction.
+    #[doc(hidden)]
+    type Unit: DerefMut<Target = Self::Connection> + Send + 'static;
 
     /// The statements, with the tables' names in them.
     #[doc(hidden)]
@@ -48,7 +54,14 @@ pub trait Backend: Database + sealed::Sealed {
     #[doc(hidden)]
     fn begin(
         pool: &Pool<Self>,
-    ) -> impl Future<Output = sqlx::Result<sqlx::Transaction<'static, Self>>> + Send;
+        writer: &Arc<Self::Writer>,
+    ) -> impl Future<Output = Result<Self::Unit>> + Send;
+
+    #[doc(hidden)]
+    fn commit(unit: Self::Unit) -> impl Future<Output = Result<(), Uncommitted>> + Send;
+
+    #[doc(hidden)]
+    fn rollback(unit: Self::Unit) -> impl Future<Output = sqlx::Result<()>> + Send;
 
     /// Stores events; returns by what the transaction can be found out.
     #[doc(hidden)]
@@ -57,6 +70,11 @@ pub trait Backend: Database + sealed::Sealed {
         statements: &Self::Statements,
         rows: &[Row],
     ) -> impl Future<Output = Result<Fate>> + Send;
+
+    /// Fails where commits on a connection may be lost again, as far as it does not mend that; units that were begun here are
+    /// sound.
+    #[doc(hidden)]
+    fn sound(connection: &mut Self::Connection) -> impl Future<Output = Result<()>> + Send;
 
     /// Fails where a commit would undo the transaction.
     #[doc(hidden)]
@@ -81,7 +99,7 @@ pub trait Backend: Database + sealed::Sealed {
     /// Notes for how long a consumer remembers, in seconds, and how; returns how it was noted before.
     #[doc(hidden)]
     fn register(
-        pool: &Pool<Self>,
+        connection: &mut Self::Connection,
         statements: &Self::Statements,
         consumer: &str,
         memory: &str,
@@ -90,7 +108,10 @@ pub trait Backend: Database + sealed::Sealed {
 
     /// Forgets what is older than its consumer remembers, up to a bound; returns whether there may be more.
     #[doc(hidden)]
-    fn forget(pool: &Pool<Self>, statements: &Self::Statements) -> impl Future<Output = Result<bool>> + Send;
+    fn forget(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Whether there are tables; an error if they are not ours to use.
     #[doc(hidden)]
@@ -110,8 +131,33 @@ pub trait Backend: Database + sealed::Sealed {
 
     /// What a relay works on: connections of its own.
     #[doc(hidden)]
-    fn store(pool: &Pool<Self>, namespace: &Namespace)
-    -> impl Future<Output = Result<Arc<dyn Store>>> + Send;
+    fn store(
+        pool: &Pool<Self>,
+        writer: &Arc<Self::Writer>,
+        namespace: &Namespace,
+    ) -> impl Future<Output = Result<Arc<dyn Store>>> + Send;
+}
+
+/// Why a commit is none, or is not known to be one.
+#[doc(hidden)]
+#[derive(Debug, Clone)]
+pub struct Uncommitted {
+    pub(crate) is_unknown: bool,
+    pub(crate) error: Arc<Error>,
+}
+
+impl Uncommitted {
+    /// It is none.
+    #[cfg(feature = "sqlite")]
+    pub(crate) fn refused(error: Error) -> Self {
+        Self { is_unknown: false, error: Arc::new(error) }
+    }
+}
+
+impl From<sqlx::Error> for Uncommitted {
+    fn from(error: sqlx::Error) -> Self {
+        Self { is_unknown: is_unknown(&error), error: Arc::new(from_sqlx(error)) }
+    }
 }
 
 /// By what a transaction can be found out.

@@ -102,7 +102,13 @@ impl<Db: Backend> Inbox<Db> {
     /// It goes on.
     pub async fn forget(&self) -> Result<bool> {
         let outbox = self.0.outbox.clone();
-        whole(async move { Db::forget(outbox.pool(), outbox.statements()).await }).await
+        whole(async move {
+            let mut open = outbox.open().await?;
+            let more = Db::forget(&mut open.transaction, outbox.statements()).await?;
+            open.commit().await?;
+            Ok(more)
+        })
+        .await
     }
 
     /// Begins a run: `None` if the event was handled before.
@@ -163,7 +169,14 @@ impl<Db: Backend> Inbox<Db> {
             let seconds = i64::try_from(keep.saturating_add(SLACK).as_secs()).unwrap_or(i64::MAX);
             let before = whole({
                 let (outbox, name) = (outbox.clone(), name.clone());
-                async move { Db::register(outbox.pool(), outbox.statements(), &name, memory, seconds).await }
+                async move {
+                    let mut open = outbox.open().await?;
+                    let statements = outbox.statements();
+                    let before =
+                        Db::register(&mut open.transaction, statements, &name, memory, seconds).await?;
+                    open.commit().await?;
+                    Ok(before)
+                }
             });
             if let Some(before) = before.await?
                 && before != memory

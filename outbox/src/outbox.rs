@@ -79,7 +79,7 @@ struct Inner<Db: Backend> {
     options: Options,
     statements: Db::Statements,
     bell: Bell,
-    turn: Arc<tokio::sync::Mutex<()>>,
+    writer: Arc<Db::Writer>,
 }
 
 /// A transaction whose commit may not have been answered: asked with [`Outbox::resolve`].
@@ -95,7 +95,7 @@ impl<Db: Backend> Outbox<Db> {
     /// An outbox with settings of one's own.
     pub fn with_options(pool: Pool<Db>, options: Options) -> Self {
         let statements = Db::statements(&options.namespace);
-        Self(Arc::new(Inner { pool, options, statements, bell: Bell::default(), turn: Arc::default() }))
+        Self(Arc::new(Inner { pool, options, statements, bell: Bell::default(), writer: Arc::default() }))
     }
 
     /// Creates what is missing of the tables. Programs that start at once do not disturb each other.
@@ -113,11 +113,13 @@ impl<Db: Backend> Outbox<Db> {
         whole(async move { Db::migrate(&pool, &namespace).await }).await
     }
 
-    /// Begins a transaction that publishes when it commits. On SQLite it takes the file's write lock at once
-    /// (`BEGIN IMMEDIATE`): one that begins to write later may be refused in the middle.
+    /// Begins a transaction that publishes when it commits. On SQLite it takes the file's write lock at once: one that begins
+    /// to write later may be refused in the middle. There the transactions of a process take turns, and it waits up to
+    /// ten seconds for its own; those that wait for each other are savepoints of one transaction and committed together.
     ///
     /// # Errors
-    /// Transient if the database gives no connection.
+    /// Transient if the database gives no connection, or its turn does not come; [`Config`](ErrorKind::Config) on an SQLite
+    /// connection that does not sync its commits.
     ///
     /// # Cancellation
     /// Nothing stays open.
@@ -167,6 +169,7 @@ impl<Db: Backend> Outbox<Db> {
         let max = self.0.options.max_event_bytes;
         let rows = events.into_iter().map(|(topic, event)| Row::new(&topic, event, max));
         let rows: Vec<Row> = rows.collect::<Result<_>>()?;
+        Db::sound(transaction).await?;
         self.append(transaction, &rows).await
     }
 
@@ -217,7 +220,8 @@ impl<Db: Backend> Outbox<Db> {
     pub async fn store(&self) -> Result<Arc<dyn Store>> {
         self.verify().await?;
         let outbox = self.clone();
-        whole(async move { Db::store(&outbox.0.pool, &outbox.0.options.namespace).await }).await
+        whole(async move { Db::store(&outbox.0.pool, &outbox.0.writer, &outbox.0.options.namespace).await })
+            .await
     }
 
     /// Fails unless the tables are there and of the version that this program knows; changes nothing.
@@ -245,13 +249,8 @@ impl<Db: Backend> Outbox<Db> {
     pub(crate) async fn open(&self) -> Result<Open<Db>> {
         let outbox = self.clone();
         whole(async move {
-            let turn = match Db::HAS_ONE_WRITER {
-                // Who waits too long tries all the same, and the database says what it thinks of it.
-                true => tokio::time::timeout(TURN, outbox.0.turn.clone().lock_owned()).await.ok(),
-                false => None,
-            };
-            let transaction = Db::begin(&outbox.0.pool).await.map_err(eventbus::sql::from_sqlx)?;
-            Ok(Open::new(outbox, transaction, turn))
+            let transaction = Db::begin(&outbox.0.pool, &outbox.0.writer).await?;
+            Ok(Open::new(outbox, transaction))
         })
         .await
     }
@@ -283,9 +282,6 @@ impl<Db: Backend> Outbox<Db> {
         tokio::time::timeout(ASK_FOR, asking).await.ok()
     }
 }
-
-/// How long a transaction waits for those before it, where one writes at a time.
-const TURN: Duration = Duration::from_secs(10);
 
 /// For how long a commit that was not answered is asked for, and how often.
 const ASK_FOR: Duration = Duration::from_secs(5);

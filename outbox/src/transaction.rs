@@ -3,10 +3,10 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use eventbus::sql::{from_sqlx, is_unknown};
+use eventbus::sql::from_sqlx;
 use eventbus::{Envelope, Error, ErrorKind, EventId, Message, Result, Topic};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Uncommitted};
 use crate::outbox::{Outbox, Ticket, whole};
 use crate::row::Row;
 
@@ -20,15 +20,10 @@ pub struct Transaction<Db: Backend>(pub(crate) Open<Db>);
 /// What a transaction is made of; shared with the one that handlers are given.
 pub(crate) struct Open<Db: Backend> {
     outbox: Outbox<Db>,
-    pub(crate) transaction: sqlx::Transaction<'static, Db>,
+    pub(crate) transaction: Db::Unit,
     events: Events,
     ticket: Option<Ticket>,
-    /// Held where the database has one writer, so that those who wait come in their order.
-    _turn: Option<Turn>,
 }
-
-/// The right to be the one writer of this process.
-pub(crate) type Turn = tokio::sync::OwnedMutexGuard<()>;
 
 /// Events that are not stored yet.
 struct Events(Vec<Row>);
@@ -45,12 +40,8 @@ impl Drop for Events {
 }
 
 impl<Db: Backend> Open<Db> {
-    pub(crate) fn new(
-        outbox: Outbox<Db>,
-        transaction: sqlx::Transaction<'static, Db>,
-        turn: Option<Turn>,
-    ) -> Self {
-        Self { outbox, transaction, events: Events(Vec::new()), ticket: None, _turn: turn }
+    pub(crate) fn new(outbox: Outbox<Db>, transaction: Db::Unit) -> Self {
+        Self { outbox, transaction, events: Events(Vec::new()), ticket: None }
     }
 
     pub(crate) fn publish<M: Message>(&mut self, topic: &Topic, message: &M) -> Result<EventId> {
@@ -93,9 +84,9 @@ impl<Db: Backend> Open<Db> {
             _ = self.rollback().await;
             return Err(error);
         }
-        let committed = match self.transaction.commit().await {
+        let committed = match Db::commit(self.transaction).await {
             Ok(()) => Ok(()),
-            Err(error) if is_unknown(&error) => {
+            Err(Uncommitted { is_unknown: true, error }) => {
                 let fate = match self.ticket {
                     Some(ticket) => self.outbox.find_out(ticket).await,
                     None => None,
@@ -112,7 +103,9 @@ impl<Db: Backend> Open<Db> {
                     }
                 }
             }
-            Err(error) => Err(from_sqlx(error)),
+            Err(Uncommitted { error, .. }) => {
+                Err(Error::new(error.kind(), "the transaction was not committed").caused_by(error))
+            }
         };
         if self.ticket.is_some() {
             self.outbox.wake();
@@ -122,7 +115,7 @@ impl<Db: Backend> Open<Db> {
 
     pub(crate) async fn rollback(mut self) -> Result<()> {
         self.events.0.clear();
-        self.transaction.rollback().await.map_err(from_sqlx)
+        Db::rollback(self.transaction).await.map_err(from_sqlx)
     }
 }
 

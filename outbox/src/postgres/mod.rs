@@ -9,7 +9,7 @@ use eventbus::sql::from_sqlx;
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row as _};
 
-use crate::backend::{Backend, Fate, Known, known, sealed};
+use crate::backend::{Backend, Fate, Known, Uncommitted, known, sealed};
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::Row;
@@ -44,7 +44,8 @@ pub struct Statements {
 impl sealed::Sealed for Postgres {}
 
 impl Backend for Postgres {
-    const HAS_ONE_WRITER: bool = false;
+    type Writer = ();
+    type Unit = sqlx::Transaction<'static, Self>;
     type Statements = Statements;
 
     fn statements(namespace: &Namespace) -> Statements {
@@ -83,8 +84,21 @@ impl Backend for Postgres {
         transaction.commit().await.map_err(from_sqlx)
     }
 
-    async fn begin(pool: &PgPool) -> sqlx::Result<sqlx::Transaction<'static, Self>> {
-        pool.begin().await
+    async fn begin(pool: &PgPool, _: &Arc<()>) -> Result<Self::Unit> {
+        pool.begin().await.map_err(from_sqlx)
+    }
+
+    async fn commit(unit: Self::Unit) -> Result<(), Uncommitted> {
+        unit.commit().await.map_err(Uncommitted::from)
+    }
+
+    async fn rollback(unit: Self::Unit) -> sqlx::Result<()> {
+        unit.rollback().await
+    }
+
+    /// Appends raise what is too low.
+    async fn sound(_: &mut PgConnection) -> Result<()> {
+        Ok(())
     }
 
     async fn append(connection: &mut PgConnection, statements: &Statements, rows: &[Row]) -> Result<Fate> {
@@ -147,19 +161,19 @@ impl Backend for Postgres {
     }
 
     async fn register(
-        pool: &PgPool,
+        connection: &mut PgConnection,
         statements: &Statements,
         consumer: &str,
         memory: &str,
         seconds: i64,
     ) -> Result<Option<String>> {
         let query = sqlx::query_scalar(AssertSqlSafe(statements.register.clone()));
-        query.bind(consumer).bind(memory).bind(seconds).fetch_optional(pool).await.map_err(from_sqlx)
+        query.bind(consumer).bind(memory).bind(seconds).fetch_optional(connection).await.map_err(from_sqlx)
     }
 
-    async fn forget(pool: &PgPool, statements: &Statements) -> Result<bool> {
+    async fn forget(connection: &mut PgConnection, statements: &Statements) -> Result<bool> {
         let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
-        Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
     }
 
     const DIALECT: Dialect = Dialect {
@@ -197,7 +211,7 @@ impl Backend for Postgres {
         known(version(&mut connection, namespace).await?)
     }
 
-    async fn store(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+    async fn store(pool: &PgPool, _: &Arc<()>, namespace: &Namespace) -> Result<Arc<dyn Store>> {
         store::open(pool, namespace).await
     }
 }

@@ -1,6 +1,7 @@
 //! Outbox and inbox in an SQLite file.
 
 mod store;
+mod writer;
 
 use std::sync::Arc;
 
@@ -9,7 +10,8 @@ use eventbus::time::{boot_id, since_boot};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
-use crate::backend::{Backend, Fate, Known, known, sealed};
+use self::writer::{Unit, Writer};
+use crate::backend::{Backend, Fate, Known, Uncommitted, known, sealed};
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::{Row, Shard};
@@ -43,7 +45,8 @@ pub struct Statements {
 impl sealed::Sealed for Sqlite {}
 
 impl Backend for Sqlite {
-    const HAS_ONE_WRITER: bool = true;
+    type Writer = Writer;
+    type Unit = Unit;
     type Statements = Statements;
 
     fn statements(namespace: &Namespace) -> Statements {
@@ -86,8 +89,16 @@ impl Backend for Sqlite {
         transaction.commit().await.map_err(from_sqlx)
     }
 
-    async fn begin(pool: &SqlitePool) -> sqlx::Result<sqlx::Transaction<'static, Self>> {
-        pool.begin_with("BEGIN IMMEDIATE").await
+    async fn begin(pool: &SqlitePool, writer: &Arc<Writer>) -> Result<Unit> {
+        writer.begin(pool).await
+    }
+
+    async fn commit(unit: Unit) -> Result<(), Uncommitted> {
+        unit.commit().await
+    }
+
+    async fn rollback(unit: Unit) -> sqlx::Result<()> {
+        unit.rollback().await
     }
 
     async fn append(
@@ -95,13 +106,6 @@ impl Backend for Sqlite {
         statements: &Statements,
         rows: &[Row],
     ) -> Result<Fate> {
-        let level = sqlx::query_scalar::<_, i64>("PRAGMA synchronous").fetch_one(&mut *connection).await;
-        if level.map_err(from_sqlx)? < 2 {
-            return Err(Error::new(
-                ErrorKind::Config,
-                "the connection does not sync its commits: an event could be published whose transaction is lost with the power; set synchronous=FULL",
-            ));
-        }
         let (mut rest, mut last) = (rows, None);
         while let Some(row) = rest.last() {
             let chunk = CHUNKS.iter().zip(&statements.append).find(|(size, _)| **size <= rest.len());
@@ -124,6 +128,17 @@ impl Backend for Sqlite {
             rest = later;
         }
         last.ok_or_else(|| Error::new(ErrorKind::Unexpected, "nothing was to be stored"))
+    }
+
+    async fn sound(connection: &mut SqliteConnection) -> Result<()> {
+        let level = sqlx::query_scalar::<_, i64>("PRAGMA synchronous").fetch_one(connection).await;
+        match level.map_err(from_sqlx)? {
+            2.. => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::Config,
+                "the connection does not sync its commits: what was published or acknowledged could be lost with the power; set synchronous=FULL",
+            )),
+        }
     }
 
     /// A statement that fails undoes itself alone, or ends the transaction: then a commit fails.
@@ -161,27 +176,26 @@ impl Backend for Sqlite {
     }
 
     async fn register(
-        pool: &SqlitePool,
+        connection: &mut SqliteConnection,
         statements: &Statements,
         consumer: &str,
         memory: &str,
         seconds: i64,
     ) -> Result<Option<String>> {
         let before = sqlx::query(AssertSqlSafe(statements.registered.clone())).bind(consumer);
-        let before = before.fetch_optional(pool).await.map_err(from_sqlx)?;
+        let before = before.fetch_optional(&mut *connection).await.map_err(from_sqlx)?;
         let noted = before.map(|row| Ok::<_, sqlx::Error>((row.try_get(0)?, row.try_get::<i64, _>(1)?)));
         let noted: Option<(String, i64)> = noted.transpose().map_err(from_sqlx)?;
-        // A write waits for those of others: it is spared where nothing changes.
         if noted.as_ref().is_none_or(|(_, before)| *before != seconds) {
             let query = sqlx::query(AssertSqlSafe(statements.register.clone()));
-            query.bind(consumer).bind(memory).bind(seconds).execute(pool).await.map_err(from_sqlx)?;
+            query.bind(consumer).bind(memory).bind(seconds).execute(connection).await.map_err(from_sqlx)?;
         }
         Ok(noted.map(|(memory, _)| memory))
     }
 
-    async fn forget(pool: &SqlitePool, statements: &Statements) -> Result<bool> {
+    async fn forget(connection: &mut SqliteConnection, statements: &Statements) -> Result<bool> {
         let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
-        Ok(query.execute(pool).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
     }
 
     const DIALECT: Dialect = Dialect {
@@ -222,10 +236,8 @@ impl Backend for Sqlite {
         known(version(&mut connection, namespace).await?)
     }
 
-    async fn store(pool: &SqlitePool, namespace: &Namespace) -> Result<Arc<dyn Store>> {
-        let mode = sqlx::query_scalar::<_, String>("PRAGMA journal_mode").fetch_one(pool).await;
-        let has_log = mode.map_err(from_sqlx)?.eq_ignore_ascii_case("wal");
-        Ok(store::open(pool, namespace, has_log))
+    async fn store(pool: &SqlitePool, writer: &Arc<Writer>, namespace: &Namespace) -> Result<Arc<dyn Store>> {
+        Ok(store::open(pool, writer, namespace))
     }
 }
 

@@ -8,15 +8,18 @@ use bytes::Bytes;
 use eventbus::sql::from_sqlx;
 use eventbus::time::{boot_id, since_boot};
 use eventbus::{Error, ErrorKind, Result};
-use sqlx::sqlite::{SqlitePoolOptions, SqliteRow, SqliteSynchronous};
-use sqlx::{AssertSqlSafe, Row as _, Sqlite, SqlitePool, Transaction};
+use sqlx::query::Query;
+use sqlx::sqlite::{SqliteArguments, SqlitePoolOptions, SqliteRow};
+use sqlx::{AssertSqlSafe, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
+use super::writer::{Unit, Writer};
 use crate::namespace::Namespace;
+use crate::outbox::whole;
 use crate::row::{Pending, RowId, Shard, Stored};
 use crate::store::{Blocked, Claim, Leased, Store};
 
-/// Connections of a relay: claims and settles; and one that hears of what others commit.
-const CONNECTIONS: u32 = 3;
+/// Connections of a relay: for claims; and one that hears of what others commit. It writes by the writer of its process.
+const CONNECTIONS: u32 = 2;
 /// Longest wait for the write lock.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often we look whether another process committed something.
@@ -27,6 +30,9 @@ const LONGEST_WAIT: &str = "3600000";
 #[derive(Debug)]
 struct SqliteStore {
     pool: SqlitePool,
+    writer: Arc<Writer>,
+    /// The service's connections.
+    home: SqlitePool,
     boot: String,
     sql: Sql,
 }
@@ -97,33 +103,45 @@ impl Sql {
     }
 }
 
-pub(super) fn open(pool: &SqlitePool, namespace: &Namespace, has_log: bool) -> Arc<dyn Store> {
-    let connect = (*pool.connect_options()).clone().busy_timeout(TIMEOUT).create_if_missing(false);
-    // What relays write says only what was done: lost with the power, it is done again. Without a write-ahead log the
-    // whole file could be lost with it (manual, PRAGMA synchronous).
-    let connect = if has_log { connect.synchronous(SqliteSynchronous::Normal) } else { connect };
+pub(super) fn open(home: &SqlitePool, writer: &Arc<Writer>, namespace: &Namespace) -> Arc<dyn Store> {
+    let connect = (*home.connect_options()).clone().busy_timeout(TIMEOUT).create_if_missing(false);
     let pool = SqlitePoolOptions::new()
         .max_connections(CONNECTIONS)
         .acquire_timeout(TIMEOUT)
         .connect_lazy_with(connect);
-    Arc::new(SqliteStore { pool, boot: boot_id(), sql: Sql::new(namespace) })
+    let (writer, home, sql) = (writer.clone(), home.clone(), Sql::new(namespace));
+    Arc::new(SqliteStore { pool, writer, home, boot: boot_id(), sql })
 }
 
 impl SqliteStore {
-    async fn begin(&self) -> Result<Transaction<'static, Sqlite>> {
-        self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(from_sqlx)
+    async fn begin(&self) -> Result<Unit> {
+        let (writer, home) = (self.writer.clone(), self.home.clone());
+        whole(async move { writer.begin(&home).await }).await
+    }
+
+    async fn commit(unit: Unit) -> Result<()> {
+        let committed = whole(async move { Ok(unit.commit().await) }).await?;
+        committed
+            .map_err(|failed| Error::new(failed.error.kind(), "it was not committed").caused_by(failed.error))
+    }
+
+    /// One statement in a transaction of its own.
+    async fn write(&self, query: Query<'_, Sqlite, SqliteArguments>) -> Result<()> {
+        let mut unit = self.begin().await?;
+        query.execute(&mut *unit).await.map_err(from_sqlx)?;
+        Self::commit(unit).await
     }
 
     /// Of shards with their epochs those that are still the relay's, as a list in JSON.
     async fn owned(
         &self,
-        transaction: &mut Transaction<'static, Sqlite>,
+        connection: &mut SqliteConnection,
         relay: &str,
         owned: &[(Shard, i64)],
     ) -> Result<Vec<Shard>> {
         let known = list(owned.iter().map(|(shard, epoch)| (shard.0, epoch)));
         let query = sqlx::query(AssertSqlSafe(self.sql.owned.clone())).bind(relay).bind(known);
-        let rows = query.fetch_all(&mut **transaction).await.map_err(from_sqlx)?;
+        let rows = query.fetch_all(connection).await.map_err(from_sqlx)?;
         rows.iter().map(shard).collect()
     }
 }
@@ -177,7 +195,7 @@ fn pending(row: &SqliteRow) -> sqlx::Result<Pending> {
 impl Store for SqliteStore {
     async fn identity(&self) -> Result<String> {
         let fresh = sqlx::query(AssertSqlSafe(self.sql.identify.clone())).bind(crate::store::identity());
-        fresh.execute(&self.pool).await.map_err(from_sqlx)?;
+        self.write(fresh).await?;
         let identity = sqlx::query_scalar(AssertSqlSafe(self.sql.identity.clone()));
         identity.fetch_one(&self.pool).await.map_err(from_sqlx)
     }
@@ -210,20 +228,20 @@ impl Store for SqliteStore {
                 false => leased.surplus.push(shard),
             }
         }
-        transaction.commit().await.map_err(from_sqlx)?;
+        Self::commit(transaction).await?;
         Ok(leased)
     }
 
     async fn release(&self, relay: &str, shards: &[Shard]) -> Result<()> {
         let query = sqlx::query(AssertSqlSafe(self.sql.release.clone())).bind(relay).bind(numbers(shards));
-        query.execute(&self.pool).await.map_err(from_sqlx).map(drop)
+        self.write(query).await
     }
 
     async fn leave(&self, relay: &str) -> Result<()> {
         let all: Vec<Shard> = (0..Shard::COUNT).map(Shard).collect();
         self.release(relay, &all).await?;
         let query = sqlx::query(AssertSqlSafe(self.sql.leave.clone())).bind(relay);
-        query.execute(&self.pool).await.map_err(from_sqlx).map(drop)
+        self.write(query).await
     }
 
     async fn claim(&self, claim: &Claim) -> Result<Vec<Pending>> {
@@ -251,7 +269,7 @@ impl Store for SqliteStore {
             let query = sqlx::query(AssertSqlSafe(statement.clone())).bind(&ids).bind(&shards);
             query.execute(&mut *transaction).await.map_err(from_sqlx)?;
         }
-        transaction.commit().await.map_err(from_sqlx)?;
+        Self::commit(transaction).await?;
         Ok(owned)
     }
 
@@ -270,7 +288,7 @@ impl Store for SqliteStore {
                 .bind(&key.error);
             query.execute(&mut *transaction).await.map_err(from_sqlx)?;
         }
-        transaction.commit().await.map_err(from_sqlx)
+        Self::commit(transaction).await
     }
 
     async fn park(&self, relay: &str, owned: &[(Shard, i64)], parked: &[Blocked]) -> Result<()> {
@@ -286,12 +304,12 @@ impl Store for SqliteStore {
             let query = query.bind(i64::from(key.shard.0)).bind(&key.topic).bind(key.key.as_ref());
             query.execute(&mut *transaction).await.map_err(from_sqlx)?;
         }
-        transaction.commit().await.map_err(from_sqlx)
+        Self::commit(transaction).await
     }
 
     async fn unblock(&self, shards: &[Shard]) -> Result<()> {
         let query = sqlx::query(AssertSqlSafe(self.sql.unblock.clone())).bind(now()).bind(numbers(shards));
-        query.execute(&self.pool).await.map_err(from_sqlx).map(drop)
+        self.write(query).await
     }
 
     async fn news(&self) {

@@ -8,33 +8,41 @@ mod home;
 mod mutants;
 mod operators;
 mod relays;
+mod writer;
 
-mod postgres_only {
-    use crate::append::postgres::*;
-    use crate::home::Cx;
+/// The cases of one database.
+macro_rules! on_one {
+    ($name:ident: $database:ty, $from:path: $($case:ident)*) => {
+        mod $name {
+            $(
+                #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+                async fn $case() {
+                    use $from as cases;
+                    cases::$case(crate::home::Cx::<$database>::open().await).await;
+                }
+            )*
+        }
+    };
+}
 
-    macro_rules! cases {
-        ($($case:ident)*) => {
-            mod case {
-                use super::*;
-                $(
-                    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-                    async fn $case() {
-                        super::$case(Cx::open().await).await;
-                    }
-                )*
-            }
-        };
-    }
-
-    cases! {
+on_one! {
+    postgres_only: sqlx::Postgres, crate::append::postgres:
         a_key_is_held_until_the_commit
         a_late_commit_is_published
         an_asynchronous_commit_is_made_one_that_waits
         a_commit_that_is_refused_publishes_nothing
         a_lost_connection_is_found_out
         a_commit_whose_answer_is_lost_is_found_out
-    }
+}
+
+on_one! {
+    sqlite_only: sqlx::Sqlite, crate::writer:
+        commits_are_shared
+        neighbours_go_their_own_ways
+        who_goes_away_leaves_nobody_behind
+        a_commit_that_fails_is_told_to_the_one
+        a_transaction_ended_by_hand_is_nobodys
+        a_connection_that_does_not_sync_is_refused
 }
 
 /// The cases of each database.
