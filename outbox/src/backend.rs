@@ -164,8 +164,9 @@ impl From<sqlx::Error> for Uncommitted {
 #[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
-    /// PostgreSQL: the id of the transaction, with its epoch.
-    Transaction(u64),
+    /// PostgreSQL: the id of the transaction, with its epoch; which life of the server gave it out, if that can be said; its last
+    /// event.
+    Transaction { id: u64, life: Option<i64>, event: uuid::Uuid },
     /// SQLite: the last event of the transaction.
     Event { row: i64, id: uuid::Uuid },
 }

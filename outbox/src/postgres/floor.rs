@@ -3,6 +3,9 @@
 //! A floor may pass a number only when no transaction that could still commit a lower one is left. Transactions get their
 //! own number before their events do (see `outbox_append`), so: read the last number given out, then take a number of a
 //! transaction, and when all transactions before that one have ended, whatever is below is there to be seen.
+//!
+//! That is true for one life of the server: one that crashed may give out numbers again that it gave to transactions which it
+//! lost, of events as well, so that a floor of before is one no more.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,7 +17,7 @@ use parking_lot::Mutex;
 use sqlx::{AssertSqlSafe, PgConnection, Row as _};
 use tokio::time::Instant;
 
-use super::unreadable;
+use super::{LIFE, unreadable};
 use crate::namespace::Namespace;
 use crate::row::Shard;
 
@@ -32,6 +35,8 @@ pub(super) struct Floors {
 #[derive(Debug)]
 struct State {
     floors: HashMap<Shard, i64>,
+    /// The life of the server in which they are floors.
+    life: Option<i64>,
     /// The last number when we looked, and the transaction whose elders must end.
     waits: Option<(i64, String)>,
     stepped: Instant,
@@ -42,28 +47,35 @@ impl Floors {
     pub(super) fn new(namespace: &Namespace) -> Self {
         let now = Instant::now();
         Self {
-            state: Mutex::new(State { floors: HashMap::new(), waits: None, stepped: now, swept: now }),
+            state: Mutex::new(State {
+                floors: HashMap::new(),
+                life: None,
+                waits: None,
+                stepped: now,
+                swept: now,
+            }),
             last_number: namespace.sql(
-                "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM evt.outbox_id_seq",
+                &format!("SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END, {LIFE} FROM evt.outbox_id_seq"),
                 '.',
             ),
             lowest: namespace.sql(
-                "SELECT s.shard, (SELECT o.id FROM evt.outbox o WHERE o.shard = s.shard AND o.id >= s.floor ORDER BY o.id LIMIT 1),
-                  pg_snapshot_xmin(pg_current_snapshot()) >= $3::text::xid8
-                FROM unnest($1::smallint[], $2::bigint[]) AS s (shard, floor)",
+                &format!("SELECT s.shard, (SELECT o.id FROM evt.outbox o WHERE o.shard = s.shard AND o.id >= s.floor ORDER BY o.id LIMIT 1),
+                  pg_snapshot_xmin(pg_current_snapshot()) >= $3::text::xid8, {LIFE}
+                FROM unnest($1::smallint[], $2::bigint[]) AS s (shard, floor)"),
                 '.',
             ),
         }
     }
 
-    /// The floors of shards, each the lowest id that is to be read.
-    pub(super) fn of(&self, shards: &[Shard]) -> Vec<i64> {
+    /// The floors of shards, each the lowest id that is to be read, and the life of the server in which they are.
+    pub(super) fn of(&self, shards: &[Shard]) -> (Vec<i64>, Option<i64>) {
         let mut state = self.state.lock();
         if state.swept.elapsed() >= SWEEP {
             state.swept = Instant::now();
             state.floors.clear();
         }
-        shards.iter().map(|shard| state.floors.get(shard).copied().unwrap_or(i64::MIN)).collect()
+        let floor = |shard| state.floors.get(shard).copied().unwrap_or(i64::MIN);
+        (shards.iter().map(floor).collect(), state.life)
     }
 
     /// Moves floors, if it is time.
@@ -79,11 +91,16 @@ impl Floors {
         };
         let Some((last, elder)) = waits else {
             // In this order, each in a transaction of its own.
-            let last = sqlx::query_scalar::<_, i64>(AssertSqlSafe(self.last_number.clone()));
-            let last = last.fetch_one(&mut *connection).await.map_err(from_sqlx)?;
+            let last = sqlx::query_as::<_, (i64, Option<i64>)>(AssertSqlSafe(self.last_number.clone()));
+            let (last, life) = last.fetch_one(&mut *connection).await.map_err(from_sqlx)?;
             let elder = sqlx::query_scalar::<_, String>("SELECT pg_current_xact_id()::text");
             let elder = elder.fetch_one(connection).await.map_err(from_sqlx)?;
-            self.state.lock().waits = Some((last, elder));
+            let mut state = self.state.lock();
+            if state.life != life {
+                state.floors.clear();
+                state.life = life;
+            }
+            state.waits = Some((last, elder));
             return Ok(());
         };
         let numbers: Vec<i16> = shards.iter().map(|shard| i16::from(shard.0)).collect();
@@ -91,6 +108,14 @@ impl Floors {
         let rows = query.fetch_all(connection).await.map_err(from_sqlx)?;
         let mut found = Vec::with_capacity(rows.len());
         for row in &rows {
+            let life: Option<i64> = row.try_get(3).map_err(from_sqlx)?;
+            let mut state = self.state.lock();
+            if life != state.life {
+                // What we wait for was said in another life.
+                state.waits = None;
+                return Ok(());
+            }
+            drop(state);
             let have_ended: bool = row.try_get(2).map_err(from_sqlx)?;
             if !have_ended {
                 return Ok(());

@@ -31,10 +31,15 @@ const BLOCKERS: &str = "SELECT to_json(format('process %s of %s: %s for %s s, ho
   FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start < clock_timestamp() - interval '1 s'
     AND a.pid <> pg_backend_pid() AND (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) ORDER BY a.xact_start";
 
+/// When the server came up after its last crash or became the primary: its counters begin anew then. A server that crashed may
+/// have lost a transaction without a trace, and gives its id to another one, whose fate is not that of the first.
+const LIFE: &str = "(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) * 1000000)::bigint";
+
 #[doc(hidden)]
 #[derive(Debug)]
 pub struct Statements {
     append: Arc<str>,
+    fate: Arc<str>,
     remember_message: Arc<str>,
     remember_sequence: Arc<str>,
     register: Arc<str>,
@@ -49,9 +54,12 @@ impl Backend for Postgres {
     type Statements = Statements;
 
     fn statements(namespace: &Namespace) -> Statements {
-        let sql = |text| namespace.sql(text, '.');
+        let sql = |text: &str| namespace.sql(text, '.');
         Statements {
-            append: sql("SELECT evt.outbox_append($1, $2, $3, $4, $5, $6, $7)::text"),
+            append: sql(&format!("SELECT evt.outbox_append($1, $2, $3, $4, $5, $6, $7)::text, {LIFE}")),
+            fate: sql(&format!("SELECT CASE pg_xact_status($1::text::xid8) WHEN 'aborted' THEN false
+                WHEN 'committed' THEN CASE WHEN {LIFE} = $2 THEN true
+                  ELSE (SELECT true FROM evt.outbox WHERE event_id = $3 LIMIT 1) END END")),
             remember_message: sql("INSERT INTO evt.inbox (consumer, message_id) VALUES ($1, $2) ON CONFLICT DO NOTHING"),
             remember_sequence: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq) VALUES ($1, $2, $3, $4)
                 ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
@@ -119,7 +127,9 @@ impl Backend for Postgres {
             .bind(rows.iter().map(|row| row.size).collect::<Vec<i32>>());
         let row = query.fetch_one(connection).await.map_err(from_sqlx)?;
         let id = row.try_get::<&str, _>(0).map_err(from_sqlx)?.parse();
-        id.map(Fate::Transaction).map_err(|_| unreadable("the id of a transaction"))
+        let id = id.map_err(|_| unreadable("the id of a transaction"))?;
+        let event = rows.last().map(|row| row.id).unwrap_or_default();
+        Ok(Fate::Transaction { id, life: row.try_get(1).map_err(from_sqlx)?, event })
     }
 
     /// The server answers the commit of a transaction in which a statement failed as if it had been one, with a word that says
@@ -128,16 +138,11 @@ impl Backend for Postgres {
         sqlx::query("SELECT 1").execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
-    async fn fate(pool: &PgPool, _: &Statements, fate: &Fate) -> Result<Option<bool>> {
-        let Fate::Transaction(id) = fate else { return Ok(None) };
+    async fn fate(pool: &PgPool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
+        let Fate::Transaction { id, life, event } = fate else { return Ok(None) };
         // An id of another server, or one that is not given out yet, is an error there, and nothing is known here.
-        let status = sqlx::query_scalar::<_, Option<String>>("SELECT pg_xact_status($1::text::xid8)")
-            .bind(id.to_string());
-        Ok(match status.fetch_one(pool).await.map_err(from_sqlx)?.as_deref() {
-            Some("committed") => Some(true),
-            Some("aborted") => Some(false),
-            _ => None,
-        })
+        let fate = sqlx::query_scalar(AssertSqlSafe(statements.fate.clone()));
+        fate.bind(id.to_string()).bind(life).bind(event).fetch_one(pool).await.map_err(from_sqlx)
     }
 
     async fn remember(

@@ -13,7 +13,7 @@ use sqlx::postgres::{PgPoolOptions, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row as _};
 
 use super::floor::Floors;
-use super::unreadable;
+use super::{LIFE, unreadable};
 use crate::namespace::Namespace;
 use crate::row::{Pending, RowId, Shard, Stored};
 use crate::store::{Blocked, Claim, Leased, Store};
@@ -57,6 +57,9 @@ const OWNED: &str = "WITH owned AS MATERIALIZED (
     ON s.shard = e.shard AND s.epoch = e.epoch
   WHERE s.owner = $1 ORDER BY s.shard FOR KEY SHARE OF s)";
 
+/// What no number is below.
+const LOWEST: i64 = i64::MIN;
+
 /// The rows of a statement's `keys`.
 const KEYS: &str = "keys AS (SELECT * FROM unnest($4::smallint[], $5::text[], $6::bytea[], $7::bigint[], $8::integer[], $9::boolean[],
   $10::float8[], $11::text[]) AS k (shard, topic, key, head_id, attempts, may_pass, retry_in, error) JOIN owned USING (shard))";
@@ -85,7 +88,9 @@ impl Sql {
             // could be due where an earlier one just was not.
             claim: sql(&format!("SELECT id, shard, event_id, topic, key, has_key, head::text, payload, size, attempts FROM (
                   SELECT f.*, sum(f.size) OVER (ORDER BY f.place, f.id) AS total FROM (
-                    SELECT s.place, o.* FROM unnest($1::smallint[], $2::bigint[]) WITH ORDINALITY AS s (shard, floor, place)
+                    SELECT s.place, o.* FROM (
+                      SELECT u.shard, u.place, CASE WHEN (SELECT {LIFE}) = $8 THEN u.floor ELSE '{LOWEST}'::bigint END AS floor
+                      FROM unnest($1::smallint[], $2::bigint[]) WITH ORDINALITY AS u (shard, floor, place)) s
                     CROSS JOIN LATERAL (
                       SELECT o.id, o.shard, o.event_id, o.topic, o.key, o.has_key, o.head, o.payload, o.size::bigint, coalesce(b.attempts, 0) AS attempts
                       FROM evt.outbox o LEFT JOIN evt.outbox_blocked b ON b.shard = o.shard AND b.topic = o.topic AND b.key = o.key
@@ -214,15 +219,17 @@ impl Store for PostgresStore {
         if *self.busy.lock() {
             self.floors.step(&mut connection, &claim.shards).await?;
         }
+        let (floors, life) = self.floors.of(&claim.shards);
         let held: Vec<i64> = claim.held.iter().map(|id| id.0).collect();
         let query = sqlx::query(AssertSqlSafe(self.sql.claim.clone()))
             .bind(numbers(&claim.shards))
-            .bind(self.floors.of(&claim.shards))
+            .bind(floors)
             .bind(held)
             .bind(i64::try_from(claim.max_events).unwrap_or(i64::MAX))
             .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX))
             .bind(claim.full.iter().map(|(topic, _)| topic.as_str()).collect::<Vec<_>>())
-            .bind(claim.full.iter().map(|(_, key)| key.as_ref()).collect::<Vec<&[u8]>>());
+            .bind(claim.full.iter().map(|(_, key)| key.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(life);
         let rows = query.fetch_all(&mut *connection).await.map_err(from_sqlx)?;
         *self.busy.lock() = !rows.is_empty();
         rows.iter().map(pending).collect::<sqlx::Result<_>>().map_err(from_sqlx)

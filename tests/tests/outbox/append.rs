@@ -335,4 +335,80 @@ pub(crate) mod postgres {
         assert_eq!(cx.outbox.resolve(ticket).await.unwrap(), Some(false));
         assert_eq!(cx.n_stored().await, 0);
     }
+
+    /// A server that crashed gives the number of a transaction that it lost to another one: what becomes of that is not what
+    /// became of ours.
+    pub(crate) async fn a_number_that_is_given_out_again_says_nothing(_: Cx<Postgres>) {
+        let mut server = xtask::brokers::Broker::start(xtask::brokers::Kind::Postgres, None).unwrap();
+        let pool = sqlx::PgPool::connect(server.url()).await.unwrap();
+        let outbox = outbox::Outbox::new(pool.clone());
+        outbox.migrate().await.unwrap();
+        sqlx::raw_sql("CREATE TABLE other (n bigint); CHECKPOINT").execute(&pool).await.unwrap();
+        let topic = eventbus::Topic::new("orders").unwrap();
+        let mut n_again = 0;
+        for _ in 0..3 {
+            let mut tx = outbox.begin().await.unwrap();
+            tx.publish(&topic, &Checked { n: 1 }).unwrap();
+            let ticket = tx.flush().await.unwrap().unwrap();
+            let id = format!("{ticket:?}")
+                .split(|sign: char| !sign.is_ascii_digit())
+                .find(|text| !text.is_empty())
+                .unwrap()
+                .to_owned();
+            server.restart().unwrap();
+            assert!(tx.commit().await.is_err());
+            let mut given = String::new();
+            while given.parse::<u64>().unwrap_or(0) < id.parse().unwrap() {
+                let insert = "INSERT INTO other VALUES (1) RETURNING pg_current_xact_id()::text";
+                given = match sqlx::query_scalar(insert).fetch_one(&pool).await {
+                    Ok(given) => given,
+                    // Connections of before the crash.
+                    Err(_) => continue,
+                };
+                n_again += u32::from(given == id);
+            }
+            let fate = outbox.resolve(ticket).await.unwrap();
+            assert_ne!(fate, Some(true), "the transaction {id} was lost with the server");
+        }
+        assert!(n_again > 0, "no number was given out again: this machine is too slow for the case");
+    }
+
+    /// The numbers of events go back as well, below what a relay takes for the lowest that is to come.
+    pub(crate) async fn a_floor_of_before_a_crash_is_none(cx: Cx<Postgres>) {
+        let mut server = xtask::brokers::Broker::start(xtask::brokers::Kind::Postgres, None).unwrap();
+        let pool = sqlx::PgPool::connect(server.url()).await.unwrap();
+        let outbox = outbox::Outbox::new(pool.clone());
+        outbox.migrate().await.unwrap();
+        let relay = outbox::Relay::new(&outbox).start(&cx.bus).await.unwrap();
+        let number = async |number: i64| {
+            let set = sqlx::query("SELECT setval('evt.outbox_id_seq', $1)").bind(number);
+            set.execute(&pool).await.unwrap();
+        };
+        let publish = async |key: &str, n: i64| {
+            let mut tx = outbox.begin().await.unwrap();
+            tx.publish_envelope(&cx.topic, cx.event(key, n)).unwrap();
+            tx.commit().await.unwrap();
+        };
+        number(1_000).await;
+        // Long enough for floors to move beyond.
+        for n in 0..60 {
+            publish("a", n).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        cx.until("the first", |seen| seen.len() == 60).await;
+        server.restart().unwrap();
+        while sqlx::query("SELECT 1").execute(&pool).await.is_err() {}
+        number(500).await;
+        publish("b", 0).await;
+        number(2_000).await;
+        publish("b", 1).await;
+        let mut order = Vec::new();
+        cx.until("what comes after the crash", |seen| {
+            order = seen.iter().filter(|seen| seen.key == "b").map(|seen| seen.n).collect();
+            order.len() == 2
+        })
+        .await;
+        assert_eq!(order, [0, 1]);
+        relay.stop().await;
+    }
 }

@@ -33,6 +33,8 @@ on_one! {
         a_commit_that_is_refused_publishes_nothing
         a_lost_connection_is_found_out
         a_commit_whose_answer_is_lost_is_found_out
+        a_number_that_is_given_out_again_says_nothing
+        a_floor_of_before_a_crash_is_none
 }
 
 on_one! {
