@@ -103,7 +103,7 @@ impl<Db: Backend> Inbox<Db> {
     pub async fn forget(&self) -> Result<bool> {
         let outbox = self.0.outbox.clone();
         whole(async move {
-            let mut open = outbox.open().await?;
+            let mut open = outbox.clone().opened().await?;
             let more = Db::forget(&mut open.transaction, outbox.statements()).await?;
             open.commit().await?;
             Ok(more)
@@ -127,11 +127,11 @@ impl<Db: Backend> Inbox<Db> {
         };
         self.register(&consumer, keep).await?;
         let identity = Identity::of(event, context.topic(), self.0.memory, consumer)?;
-        let mut open = self.0.outbox.open().await?;
         let outbox = self.0.outbox.clone();
         let is_redriven = event.extension("evt-replay-group").is_some();
         let is_old = age(event).is_some_and(|age| age > keep);
         whole(async move {
+            let mut open = outbox.clone().opened().await?;
             let is_forgotten = identity.is_forgotten();
             let refused = match Db::remember(&mut open.transaction, outbox.statements(), &identity.known())
                 .await
@@ -170,7 +170,7 @@ impl<Db: Backend> Inbox<Db> {
             let before = whole({
                 let (outbox, name) = (outbox.clone(), name.clone());
                 async move {
-                    let mut open = outbox.open().await?;
+                    let mut open = outbox.clone().opened().await?;
                     let statements = outbox.statements();
                     let before =
                         Db::register(&mut open.transaction, statements, &name, memory, seconds).await?;

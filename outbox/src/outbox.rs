@@ -247,12 +247,13 @@ impl<Db: Backend> Outbox<Db> {
     /// A transaction; on a task of its own, as a connection that is given up while it begins comes back to the others in the
     /// middle of one (sqlx 0.9.0, issue 4393).
     pub(crate) async fn open(&self) -> Result<Open<Db>> {
-        let outbox = self.clone();
-        whole(async move {
-            let transaction = Db::begin(&outbox.0.pool, &outbox.0.writer).await?;
-            Ok(Open::new(outbox, transaction))
-        })
-        .await
+        whole(self.clone().opened()).await
+    }
+
+    /// The same, for who is on a task of its own already.
+    pub(crate) async fn opened(self) -> Result<Open<Db>> {
+        let transaction = Db::begin(&self.0.pool, &self.0.writer).await?;
+        Ok(Open::new(self, transaction))
     }
 
     pub(crate) async fn append(

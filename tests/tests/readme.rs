@@ -91,7 +91,7 @@ fn the_first_commands_work_as_printed() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path().display().to_string();
     // In a folder of its own and at a free door, so that a shop that is open already is not disturbed.
-    let local = |command: &str| command.replace("sqlite://eshop.db", &format!("sqlite://{here}/eshop.db"));
+    let local = |command: &str| command.replace("sqlite://eshop", &format!("sqlite://{here}/eshop"));
     let arguments = format!("{} -- --listen 127.0.0.1:0 --bus sqlite://{here}/eshop.db", run.trim());
     let mut shop = Command::new("bash")
         .args(["-c", &format!("exec {arguments}")])

@@ -2,47 +2,42 @@
 
 use std::time::Duration;
 
-use eventbus::{Bus, Envelope, Error, ErrorKind, Failure, Running, State, Typed};
-use rusqlite::{OptionalExtension, params};
+use eventbus::{Bus, Error, ErrorKind, Failure, Running, State, Typed};
+use outbox::Tx;
 
-use crate::contracts::{OrderId, OrderStarted, UserCheckoutAccepted, event_id};
+use crate::contracts::{OrderId, OrderStarted, UserCheckoutAccepted};
+use crate::db::{Db, Tables};
 use crate::orders_file::{FIRST_WEB_ORDER, OrderLine};
 use crate::patience::patiently;
-use crate::shop::Shop;
+use crate::shop::Desk;
 
-/// Basket's own tables.
+/// Basket's own tables: what was checked out, and what is not an order yet.
 pub const SCHEMA: &str = "
-CREATE TABLE IF NOT EXISTS basket_basket (ord INTEGER PRIMARY KEY, buyer INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS basket_import (file TEXT PRIMARY KEY, n_lines INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS basket_request (
-  request TEXT PRIMARY KEY, ord INTEGER NOT NULL UNIQUE, asked TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS basket_checkout (ord BIGINT PRIMARY KEY, request TEXT UNIQUE, asked TEXT);
+CREATE TABLE IF NOT EXISTS basket_basket (ord BIGINT PRIMARY KEY, buyer BIGINT NOT NULL);
+CREATE TABLE IF NOT EXISTS basket_import (file TEXT PRIMARY KEY, n_lines BIGINT NOT NULL);
+CREATE TABLE IF NOT EXISTS basket_number (id BIGINT PRIMARY KEY, last BIGINT NOT NULL);
 ";
 
-/// Checkouts published in one batch.
+/// Checkouts of one transaction.
 const BATCH: usize = 128;
 
-fn envelope(checkout: &UserCheckoutAccepted) -> eventbus::Result<Envelope> {
-    Ok(Envelope::of(checkout, "/basket")?.with_id(event_id(checkout.order, "checkout")))
-}
-
-/// Imports the lines that no earlier run has imported. A crash repeats at most one batch, under the
-/// same ids.
+/// Imports the lines that no earlier run has imported: baskets, events and how far it is, in one transaction.
 ///
 /// # Errors
-/// What the bus or the tables report.
-pub async fn import(
-    bus: &Bus,
-    shop: &Shop,
+/// What the tables report.
+pub async fn import<D: Db>(
+    desk: &Desk<D>,
     digest: &str,
     lines: &[OrderLine],
     rate: Option<u32>,
 ) -> eventbus::Result<()> {
-    let publisher = bus.transport().publisher().await?;
-    let name = digest.to_owned();
-    let sql = "SELECT n_lines FROM basket_import WHERE file = ?1";
-    let query =
-        move |tables: &rusqlite::Connection| tables.query_row(sql, [name], |row| row.get(0)).optional();
-    let done: usize = shop.store.run(query).await?.unwrap_or(0);
+    let sql = "SELECT n_lines FROM basket_import WHERE file = $1";
+    let done = patiently(async || {
+        let found = desk.look().await?.first(sql, &[digest.into()]).await?;
+        found.map_or(Ok(0), |row| row.number(0))
+    });
+    let done: usize = done.await?;
     let mut pace = rate.map(|rate| tokio::time::interval(Duration::from_secs(1) / rate.max(1)));
     let batch = if rate.is_some() { 1 } else { BATCH };
     let mut n_done = done;
@@ -50,75 +45,94 @@ pub async fn import(
         if let Some(pace) = &mut pace {
             pace.tick().await;
         }
-        let checkouts =
-            part.iter().map(|line| envelope(&line.checkout())).collect::<eventbus::Result<Vec<_>>>()?;
-        let rows: Vec<(OrderId, u64)> = part.iter().map(|line| (line.order, line.buyer)).collect();
-        shop.store
-            .run(move |tables| {
-                let mut insert =
-                    tables.prepare_cached("INSERT OR IGNORE INTO basket_basket VALUES (?1, ?2)")?;
-                rows.iter().try_for_each(|(order, buyer)| insert.execute(params![order, buyer]).map(drop))
-            })
-            .await?;
-        let publish =
-            async || publisher.enqueue(&shop.topics.checkouts, checkouts.clone()).await?.await.all();
-        patiently(publish).await?;
         n_done += part.len();
-        let (name, n_lines) = (digest.to_owned(), n_done);
-        let sql = "INSERT INTO basket_import VALUES (?1, ?2) ON CONFLICT DO UPDATE SET n_lines = ?2";
-        shop.store.run(move |tables| tables.execute(sql, params![name, n_lines])).await?;
+        patiently(async || import_part(desk, digest, part, n_done).await).await?;
     }
     Ok(())
 }
 
-/// Checks out an order from the web. The same request id gives the same order, however often it comes.
+/// What is imported already is passed over: a commit may have been answered with a lost connection.
+async fn import_part<D: Db>(
+    desk: &Desk<D>,
+    digest: &str,
+    part: &[OrderLine],
+    n_done: usize,
+) -> eventbus::Result<()> {
+    let mut tx = desk.begin().await?;
+    for line in part {
+        let known = "INSERT INTO basket_checkout (ord) VALUES ($1) ON CONFLICT DO NOTHING";
+        if tx.run(known, &[line.order.into()]).await? == 1 {
+            accept(&mut tx, desk, &line.checkout()).await?;
+        }
+    }
+    let sql = "INSERT INTO basket_import VALUES ($1, $2) ON CONFLICT (file) DO UPDATE SET n_lines = $2";
+    tx.run(sql, &[digest.into(), (n_done as u64).into()]).await?;
+    tx.commit().await
+}
+
+/// The basket waits for its order, and ordering is told.
+async fn accept<D: Db>(
+    tx: &mut outbox::Transaction<D>,
+    desk: &Desk<D>,
+    checkout: &UserCheckoutAccepted,
+) -> eventbus::Result<()> {
+    let basket = "INSERT INTO basket_basket VALUES ($1, $2)";
+    tx.run(basket, &[checkout.order.into(), checkout.buyer.into()]).await?;
+    tx.publish(&desk.topics.checkouts, checkout).map(drop)
+}
+
+/// Checks out an order from the web. The same request id gives the same order, however often it comes: the id, the order's
+/// number and the event are one transaction.
 ///
 /// # Errors
-/// [`Conflict`](ErrorKind::Conflict) if the same request id came with another order before; what the bus or the
-/// tables report.
-pub async fn check_out(
-    bus: &Bus,
-    shop: &Shop,
+/// [`Conflict`](ErrorKind::Conflict) if the same request id came with another order before; what the tables report:
+/// nothing of it is stored then, and the request may be repeated.
+pub async fn check_out<D: Db>(
+    desk: &Desk<D>,
     request: Option<String>,
     order: impl Fn(OrderId) -> UserCheckoutAccepted,
 ) -> eventbus::Result<OrderId> {
     let request = request.unwrap_or_else(|| eventbus::EventId::generate().to_string());
     // What was asked for, whatever the order's number will be.
     let asked = format!("{:?}", order(0));
-    let (wanted, named) = (asked.clone(), request.clone());
-    let (id, before): (OrderId, String) = shop
-        .store
-        .run(move |tables| {
-            let next =
-                "INSERT OR IGNORE INTO basket_request SELECT ?1, coalesce(max(ord) + 1, ?2), ?3 FROM basket_request";
-            tables.execute(next, params![request, FIRST_WEB_ORDER, wanted])?;
-            let found = "SELECT ord, asked FROM basket_request WHERE request = ?1";
-            tables.query_row(found, [request], |row| Ok((row.get(0)?, row.get(1)?)))
-        })
-        .await?;
-    if before != asked {
-        return Err(Error::new(ErrorKind::Conflict, "this x-request-id came with another order before")
-            .with("request", named)
-            .with("order", id));
+    let mut tx = desk.begin().await?;
+    // Whoever takes a number makes others wait, also those with the same request.
+    let next = "INSERT INTO basket_number VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET last = basket_number.last + 1
+        RETURNING last";
+    let taken = tx.first(next, &[FIRST_WEB_ORDER.into()]).await?;
+    let taken = taken.ok_or_else(|| Error::new(ErrorKind::Corrupt, "the shop has no numbers for orders"))?;
+    let number: OrderId = taken.number(0)?;
+    let new = "INSERT INTO basket_checkout VALUES ($1, $2, $3) ON CONFLICT (request) DO NOTHING";
+    if tx.run(new, &[number.into(), request.as_str().into(), asked.as_str().into()]).await? == 1 {
+        accept(&mut tx, desk, &order(number)).await?;
+        tx.commit().await?;
+        return Ok(number);
     }
-    let checkout = envelope(&order(id))?;
-    bus.publisher().await?.publish_envelope(&shop.topics.checkouts, checkout).await?;
-    Ok(id)
+    let before = "SELECT ord FROM basket_checkout WHERE request = $1 AND asked = $2";
+    let before = tx.first(before, &[request.as_str().into(), asked.into()]).await?;
+    tx.rollback().await?;
+    match before {
+        Some(row) => row.number(0),
+        None => Err(Error::new(ErrorKind::Conflict, "this x-request-id came with another order before")
+            .with("request", request)),
+    }
 }
 
 /// Whether a checkout was accepted under this number: ordering knows the order then, or will.
 ///
 /// # Errors
 /// What the tables report.
-pub fn has_accepted(tables: &rusqlite::Connection, order: OrderId) -> rusqlite::Result<bool> {
-    let sql = "SELECT EXISTS (SELECT 1 FROM basket_request WHERE ord = ?1)
-        OR EXISTS (SELECT 1 FROM basket_basket WHERE ord = ?1)";
-    tables.prepare_cached(sql)?.query_row([order], |row| row.get(0))
+pub async fn has_accepted(tables: &mut impl Tables, order: OrderId) -> eventbus::Result<bool> {
+    let sql = "SELECT ord FROM basket_checkout WHERE ord = $1";
+    Ok(tables.first(sql, &[order.into()]).await?.is_some())
 }
 
-async fn started(Typed(event): Typed<OrderStarted>, State(shop): State<Shop>) -> Result<(), Failure> {
-    let sql = "DELETE FROM basket_basket WHERE ord = ?1";
-    shop.store.run(move |tables| tables.prepare_cached(sql)?.execute([event.order])).await?;
+async fn started<D: Db>(
+    mut tx: Tx<D>,
+    Typed(event): Typed<OrderStarted>,
+    State(_): State<Desk<D>>,
+) -> Result<(), Failure> {
+    tx.run("DELETE FROM basket_basket WHERE ord = $1", &[event.order.into()]).await?;
     Ok(())
 }
 
@@ -126,10 +140,10 @@ async fn started(Typed(event): Typed<OrderStarted>, State(shop): State<Shop>) ->
 ///
 /// # Errors
 /// What the bus reports.
-pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    shop.service(bus, "basket")
-        .on(shop.topics.orders.clone(), started)
-        .with_state(shop.clone())
+pub async fn start<D: Db>(bus: &Bus, desk: &Desk<D>) -> eventbus::Result<Running> {
+    desk.service(bus, "basket")
+        .on(desk.topics.orders.clone(), started::<D>)
+        .with_state(desk.clone())
         .start(bus)
         .await
 }

@@ -1,26 +1,26 @@
 //! The shop's door: place, look at and cancel orders.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use eventbus::{Bus, Error, ErrorKind, HealthState, Monitor};
+use eventbus::{Error, ErrorKind, HealthState, Monitor};
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::contracts::{CancelOrder, OrderId, UserCheckoutAccepted};
+use crate::contracts::{OrderId, UserCheckoutAccepted};
+use crate::db::Db;
 use crate::machine::{Input, Next, on};
 use crate::orders_file::MAX_STORED;
 use crate::shop::Shop;
 use crate::{basket, ordering};
 
-#[derive(Clone)]
-struct Door {
-    bus: Bus,
-    shop: Shop,
+struct Door<D: Db> {
+    shop: Arc<Shop<D>>,
     services: Vec<Monitor>,
 }
 
@@ -47,20 +47,20 @@ pub async fn bind(address: SocketAddr) -> eventbus::Result<tokio::net::TcpListen
 }
 
 /// Serves until the process ends.
-pub async fn serve(listener: tokio::net::TcpListener, bus: Bus, shop: Shop, services: Vec<Monitor>) {
+pub async fn serve<D: Db>(listener: tokio::net::TcpListener, shop: Arc<Shop<D>>, services: Vec<Monitor>) {
     let routes = Router::new()
-        .route("/v1/orders", post(place))
-        .route("/v1/orders/{id}", get(show))
-        .route("/v1/orders/{id}/cancel", post(cancel))
-        .route("/health", get(health))
-        .with_state(Door { bus, shop, services });
+        .route("/v1/orders", post(place::<D>))
+        .route("/v1/orders/{id}", get(show::<D>))
+        .route("/v1/orders/{id}/cancel", post(cancel::<D>))
+        .route("/health", get(health::<D>))
+        .with_state(Arc::new(Door { shop, services }));
     if let Err(error) = axum::serve(listener, routes).await {
         tracing::error!(%error, "the door is closed");
     }
 }
 
 /// Says of every subscription of this process whether it runs, and why not.
-async fn health(State(door): State<Door>) -> Response {
+async fn health<D: Db>(State(door): State<Arc<Door<D>>>) -> Response {
     let all: Vec<_> = door.services.iter().flat_map(Monitor::health).collect();
     let word = |state| match state {
         HealthState::Running => "running",
@@ -86,7 +86,11 @@ fn unavailable(error: &Error) -> Response {
     problem(StatusCode::SERVICE_UNAVAILABLE, error)
 }
 
-async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<NewOrder>) -> Response {
+async fn place<D: Db>(
+    State(door): State<Arc<Door<D>>>,
+    headers: HeaderMap,
+    Json(order): Json<NewOrder>,
+) -> Response {
     if order.quantity == 0 || order.buyer >= MAX_STORED || order.amount_cents >= MAX_STORED {
         return problem(
             StatusCode::UNPROCESSABLE_ENTITY,
@@ -100,7 +104,7 @@ async fn place(State(door): State<Door>, headers: HeaderMap, Json(order): Json<N
     };
     let NewOrder { buyer, product, quantity, amount_cents } = order;
     let checkout = |order| UserCheckoutAccepted { order, buyer, product, quantity, amount_cents };
-    match basket::check_out(&door.bus, &door.shop, request, checkout).await {
+    match basket::check_out(&door.shop.basket, request, checkout).await {
         Ok(order) => (StatusCode::ACCEPTED, Json(json!({"order": order}))).into_response(),
         Err(error) if error.kind() == ErrorKind::Conflict => problem(StatusCode::CONFLICT, error),
         Err(error) => unavailable(&error),
@@ -116,16 +120,19 @@ enum Known {
     Unknown,
 }
 
-async fn known(door: &Door, id: OrderId) -> eventbus::Result<Known> {
-    let look = move |tables: &rusqlite::Connection| match ordering::find(tables, id)? {
-        Some(order) => Ok(Known::Stored(order)),
-        None if basket::has_accepted(tables, id)? => Ok(Known::Accepted),
-        None => Ok(Known::Unknown),
-    };
-    door.shop.store.run(look).await
+async fn known<D: Db>(door: &Door<D>, id: OrderId) -> eventbus::Result<Known> {
+    // A number that no table can have is nobody's.
+    if id >= MAX_STORED {
+        return Ok(Known::Unknown);
+    }
+    if let Some(order) = ordering::find(&mut *door.shop.ordering.look().await?, id).await? {
+        return Ok(Known::Stored(order));
+    }
+    let is_accepted = basket::has_accepted(&mut *door.shop.basket.look().await?, id).await?;
+    Ok(if is_accepted { Known::Accepted } else { Known::Unknown })
 }
 
-async fn show(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
+async fn show<D: Db>(State(door): State<Arc<Door<D>>>, Path(id): Path<OrderId>) -> Response {
     match known(&door, id).await {
         Ok(Known::Accepted) => Json(json!({"order": id, "status": "Accepted"})).into_response(),
         Ok(Known::Stored(order)) => Json(json!({
@@ -138,7 +145,7 @@ async fn show(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
     }
 }
 
-async fn cancel(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
+async fn cancel<D: Db>(State(door): State<Arc<Door<D>>>, Path(id): Path<OrderId>) -> Response {
     match known(&door, id).await {
         Ok(Known::Stored(order)) if on(order.status, Input::Cancel) == Next::Refuse => {
             return problem(
@@ -153,15 +160,8 @@ async fn cancel(State(door): State<Door>, Path(id): Path<OrderId>) -> Response {
         }
         Err(error) => return unavailable(&error),
     }
-    let asked = async {
-        door.bus
-            .publisher()
-            .await?
-            .publish(&door.shop.topics.ordering_commands, &CancelOrder { order: id })
-            .await
-    };
-    match asked.await {
-        Ok(_) => (StatusCode::ACCEPTED, Json(json!({"order": id}))).into_response(),
+    match ordering::ask_to_cancel(&door.shop.ordering, id).await {
+        Ok(()) => (StatusCode::ACCEPTED, Json(json!({"order": id}))).into_response(),
         Err(error) => unavailable(&error),
     }
 }

@@ -84,6 +84,21 @@ impl Input {
         Self::Cancel,
         Self::Ship,
     ];
+
+    /// Returns the name as it is stored.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Grace => "Grace",
+            Self::StockOk => "StockOk",
+            Self::StockShort => "StockShort",
+            Self::StockLate => "StockLate",
+            Self::PayOk => "PayOk",
+            Self::PayFailed => "PayFailed",
+            Self::PayLate => "PayLate",
+            Self::Cancel => "Cancel",
+            Self::Ship => "Ship",
+        }
+    }
 }
 
 /// What must follow a transition, besides the event of the new state.

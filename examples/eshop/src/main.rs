@@ -5,44 +5,55 @@ use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use eshop::contracts::Topics;
+use eshop::db::Db;
 use eshop::orders_file::{self, OrderLine, OrdersFile};
 use eshop::patience::patiently;
 use eshop::shop::Shop;
 use eshop::summary::{self, Summary};
-use eshop::{basket, catalog, http, notification, ordering, payment, timers};
+use eshop::{basket, catalog, grace, http, notification, ordering, payment};
 use eventbus::{Admin, Bus, Counts, Error, ErrorKind, Running, TopicSpec};
+use outbox::Relaying;
+use sqlx::{Postgres, Sqlite};
 
 /// Runs an e-shop on the event bus, fed with 6,919 real orders.
 ///
 /// Examples:
 ///   eshop                                 the shipped orders, on eshop.db, until Ctrl-C
 ///   eshop --until-done --summary -        ends when every order is settled, prints JSON
-///   eshop --services ordering,catalog     only these services; others run elsewhere on the same bus
+///   eshop --services ordering,relay       only these; others run elsewhere on the same bus and tables
+///   eshop --db postgres://me@host/shop    tables in PostgreSQL
+///   eshop --db sqlite://{service}.db      a file for each service
 #[derive(Debug, Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Options {
     /// Address of the bus.
     #[arg(long, default_value = "sqlite://eshop.db", value_name = "URL")]
     bus: String,
-    /// File of the services' tables [default: beside the bus's file, else in memory].
-    #[arg(long, value_name = "FILE")]
-    tables: Option<PathBuf>,
+    /// Where the services' tables are, sqlite:// or postgres://; with {service} in it each has its own
+    /// [default: an SQLite file beside the bus's file, for memory:// a temporary one, else eshop-services.db].
+    #[arg(long, value_name = "URL")]
+    db: Option<String>,
     /// File of orders: order,buyer,date,quantity,amount [default: the shipped 6,919].
     #[arg(long, value_name = "FILE")]
     orders: Option<PathBuf>,
     /// Checkouts a second [default: as fast as they are taken].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     rate: Option<u32>,
-    /// Services to run in this process.
+    /// Services to run in this process; "relay" sends what all of them publish to the bus.
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "basket,ordering,grace,catalog,payment,shipping,notification"
+        default_value = "basket,ordering,grace,catalog,payment,shipping,notification,relay"
     )]
     services: Vec<String>,
+    /// How long a relay that ended without a word is waited for before another takes over, at least 1s.
+    #[arg(long, default_value = "5s", value_parser = duration, value_name = "DURATION")]
+    lease: Duration,
     /// Where the door is.
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR")]
     listen: SocketAddr,
@@ -93,6 +104,21 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: Options) -> eventbus::Result<ExitCode> {
+    let temporary = tempfile::tempdir().map_err(|error| {
+        Error::new(ErrorKind::Unavailable, "a temporary folder cannot be made").caused_by(error)
+    })?;
+    let db = options.db.clone().unwrap_or_else(|| tables_beside(&options.bus, temporary.path()));
+    match db.split_once("://").map(|(scheme, _)| scheme) {
+        Some("sqlite") => run_on::<Sqlite>(options, &db).await,
+        Some("postgres" | "postgresql") => run_on::<Postgres>(options, &db).await,
+        _ => Err(Error::new(
+            ErrorKind::Config,
+            "tables are in sqlite://file.db or postgres://user@host/database",
+        )),
+    }
+}
+
+async fn run_on<D: Db>(options: Options, db: &str) -> eventbus::Result<ExitCode> {
     let started = Instant::now();
     let file = read_orders(options.orders.as_deref())?;
     for (line, problem) in &file.broken {
@@ -101,19 +127,19 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     let listener = http::bind(options.listen).await?;
     let door = listener.local_addr().unwrap_or(options.listen);
     let bus = eventbus::connect(&options.bus).await?.with_source("/eshop");
-    let tables = options.tables.clone().or_else(|| tables_beside(&options.bus));
-    let shop = Shop::open(tables.as_deref(), options.grace)?;
-    patiently(async || declare(&bus, &shop).await).await?;
+    let shop = Arc::new(patiently(async || Shop::<D>::open(db, options.grace).await).await?);
+    let topics = Topics::new()?;
+    patiently(async || declare(&bus, &topics).await).await?;
     let initial = initial_stock(&file.lines, options.stock);
-    shop.store.run(move |tables| catalog::stock_up(tables, &initial)).await?;
-    let services = start(&bus, &shop, &options.services).await?;
+    patiently(async || catalog::stock_up(&shop.catalog, &initial).await).await?;
+    let (services, relays) = start(&bus, &shop, &options).await?;
     for line in services.iter().flat_map(Running::describe) {
         tracing::info!("{line}");
     }
     // Before anybody is told that we are here: from now on a signal is a polite end.
     let shutdown = eventbus::shutdown_signal();
     let monitors = services.iter().map(Running::monitor).collect();
-    tokio::spawn(http::serve(listener, bus.clone(), shop.clone(), monitors));
+    tokio::spawn(http::serve(listener, shop.clone(), monitors));
     say!(
         "eshop on {}, door at http://{door}, {} orders in the file",
         redacted(&options.bus),
@@ -123,12 +149,14 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     let lawful = std::cell::Cell::new(true);
     let flow = async {
         if options.services.iter().any(|service| service == "basket") {
-            summary::watch_for(&shop, file.lines.iter().map(|line| line.order).collect()).await?;
             let digest = file.digest();
-            tokio::try_join!(
-                basket::import(&bus, &shop, &digest, &file.lines, options.rate),
-                watch(&shop, file.lines.len() as u64)
-            )?;
+            let is_imported = std::cell::Cell::new(false);
+            let import = async {
+                basket::import(&shop.basket, &digest, &file.lines, options.rate).await?;
+                is_imported.set(true);
+                Ok(())
+            };
+            tokio::try_join!(import, watch(&shop, &is_imported))?;
             let took = started.elapsed();
             let summary = patiently(async || account(&bus, &shop, &services, took).await).await?;
             report(&summary, options.summary.as_deref())?;
@@ -151,6 +179,10 @@ async fn run(options: Options) -> eventbus::Result<ExitCode> {
     });
     for service in services {
         service.stop().await?;
+    }
+    // After the services, so that their last words leave the house.
+    for relay in relays {
+        relay.stop().await;
     }
     bus.close().await?;
     Ok(match outcome? {
@@ -183,15 +215,21 @@ fn read_orders(path: Option<&Path>) -> eventbus::Result<OrdersFile> {
 }
 
 /// The services' tables live beside the bus's file: two writers do not queue for one lock.
-fn tables_beside(bus: &str) -> Option<PathBuf> {
-    let url = eventbus::url::Url::parse(bus).ok().filter(|url| url.scheme() == "sqlite")?;
-    let place = url.place();
-    Some(PathBuf::from(format!("{}-services.db", place.strip_suffix(".db").unwrap_or(place))))
+fn tables_beside(bus: &str, temporary: &Path) -> String {
+    let url = eventbus::url::Url::parse(bus).ok();
+    match url.as_ref().map(|url| (url.scheme(), url.place())) {
+        Some(("sqlite", place)) => {
+            format!("sqlite://{}-services.db", place.strip_suffix(".db").unwrap_or(place))
+        }
+        // A bus that forgets has nothing to do with tables of an earlier run.
+        Some(("memory", _)) => format!("sqlite://{}/eshop-services.db", temporary.display()),
+        _ => "sqlite://eshop-services.db".into(),
+    }
 }
 
-async fn declare(bus: &Bus, shop: &Shop) -> eventbus::Result<()> {
+async fn declare(bus: &Bus, topics: &Topics) -> eventbus::Result<()> {
     let Some(admin) = bus.transport().admin() else { return Ok(()) };
-    for topic in shop.topics.all() {
+    for topic in topics.all() {
         Admin::declare(admin, &TopicSpec::new(topic.clone())).await?;
     }
     Ok(())
@@ -205,31 +243,39 @@ fn initial_stock(lines: &[OrderLine], percent: u64) -> Vec<(u32, u64)> {
     asked.into_iter().map(|(product, quantity)| (product, quantity * percent / 100)).collect()
 }
 
-async fn start(bus: &Bus, shop: &Shop, names: &[String]) -> eventbus::Result<Vec<Running>> {
-    let mut services = Vec::new();
-    for name in names {
+async fn start<D: Db>(
+    bus: &Bus,
+    shop: &Shop<D>,
+    options: &Options,
+) -> eventbus::Result<(Vec<Running>, Vec<Relaying>)> {
+    let (mut services, mut relays) = (Vec::new(), Vec::new());
+    for name in &options.services {
         services.push(match name.as_str() {
-            "basket" => patiently(async || basket::start(bus, shop).await).await?,
-            "ordering" => patiently(async || ordering::start(bus, shop).await).await?,
-            "grace" => patiently(async || timers::start(bus, shop).await).await?,
-            "catalog" => patiently(async || catalog::start(bus, shop).await).await?,
-            "payment" => patiently(async || payment::start(bus, shop).await).await?,
-            "shipping" => patiently(async || ordering::start_shipping(bus, shop).await).await?,
-            "notification" => patiently(async || notification::start(bus, shop).await).await?,
+            "basket" => patiently(async || basket::start(bus, &shop.basket).await).await?,
+            "ordering" => patiently(async || ordering::start(bus, &shop.ordering).await).await?,
+            "grace" => patiently(async || grace::start(bus, &shop.grace).await).await?,
+            "catalog" => patiently(async || catalog::start(bus, &shop.catalog).await).await?,
+            "payment" => patiently(async || payment::start(bus, &shop.payment).await).await?,
+            "shipping" => patiently(async || ordering::start_shipping(bus, &shop.ordering).await).await?,
+            "notification" => patiently(async || notification::start(bus, &shop.notification).await).await?,
+            "relay" => {
+                relays = patiently(async || shop.relay(bus, options.lease).await).await?;
+                continue;
+            }
             other => {
-                let known = "basket, ordering, grace, catalog, payment, shipping, notification";
+                let known = "basket, ordering, grace, catalog, payment, shipping, notification, relay";
                 return Err(
                     Error::new(ErrorKind::Config, format!("unknown service {other}")).with("known", known)
                 );
             }
         });
     }
-    Ok(services)
+    Ok((services, relays))
 }
 
-/// Shows progress until every order is settled.
-async fn watch(shop: &Shop, mut n_orders: u64) -> eventbus::Result<()> {
-    let bar = indicatif::ProgressBar::new(n_orders);
+/// Shows progress until all is imported and every order is settled, also those from the web that came meanwhile.
+async fn watch<D: Db>(shop: &Shop<D>, is_imported: &std::cell::Cell<bool>) -> eventbus::Result<()> {
+    let bar = indicatif::ProgressBar::new(0);
     if !std::io::stderr().is_terminal() {
         bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
     }
@@ -239,23 +285,23 @@ async fn watch(shop: &Shop, mut n_orders: u64) -> eventbus::Result<()> {
     let mut look = tokio::time::interval(Duration::from_millis(100));
     loop {
         look.tick().await;
-        let progress = summary::progress(shop).await?;
-        bar.set_position(progress.settled.min(n_orders));
-        if progress.orders < n_orders || progress.settled < progress.orders {
-            continue;
-        }
-        // The account is of whole orders: those from the web that came meanwhile are waited for as well.
-        let n_all = summary::watch_all(shop).await?;
-        if n_all == n_orders {
+        let was_imported = is_imported.get();
+        let progress = patiently(async || summary::progress(shop).await).await?;
+        bar.set_length(progress.orders);
+        bar.set_position(progress.settled.min(progress.orders));
+        if was_imported && progress.settled >= progress.orders {
             bar.finish_and_clear();
             return Ok(());
         }
-        n_orders = n_all;
-        bar.set_length(n_orders);
     }
 }
 
-async fn account(bus: &Bus, shop: &Shop, services: &[Running], took: Duration) -> eventbus::Result<Summary> {
+async fn account<D: Db>(
+    bus: &Bus,
+    shop: &Shop<D>,
+    services: &[Running],
+    took: Duration,
+) -> eventbus::Result<Summary> {
     let mut counts = Counts::default();
     services.iter().for_each(|service| counts += service.counts());
     summary::draw_up(bus, shop, counts, took).await

@@ -1,28 +1,35 @@
 //! Ordering: turns checkouts into orders and leads them through their life.
 
-use eventbus::{Bus, Emits, Failure, Running, State, Typed};
-use rusqlite::{Connection, OptionalExtension, params};
+use std::time::Duration;
+
+use eventbus::{Bus, Emits, ErrorKind, Failure, Running, State, Typed};
+use outbox::Tx;
 
 use crate::contracts::{
     CancelOrder, CapturePayment, CommitStock, GracePeriodConfirmed, OrderId, OrderPaymentFailed,
     OrderPaymentSucceeded, OrderStarted, OrderStatusChangedToAwaitingValidation,
     OrderStatusChangedToCancelled, OrderStatusChangedToPaid, OrderStatusChangedToShipped,
     OrderStatusChangedToStockConfirmed, OrderStatusChangedToSubmitted, OrderStockConfirmed,
-    OrderStockRejected, RefundPayment, ReleaseStock, Topics, UserCheckoutAccepted, VoidPayment, event_id,
+    OrderStockRejected, RefundPayment, ReleaseStock, Topics, UserCheckoutAccepted, VoidPayment,
 };
+use crate::db::{Db, Row, Tables};
+use crate::grace::{BATCH, LOOK_EVERY, now_ms};
 use crate::machine::{Effect, Input, Next, Status, on};
-use crate::shop::Shop;
+use crate::shop::Desk;
 
-/// Ordering's own tables.
+/// Ordering's own tables: orders, what could not be, and until when an answer is waited for.
 pub const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS ordering_order (
-  id INTEGER PRIMARY KEY, buyer INTEGER NOT NULL, product INTEGER NOT NULL, quantity INTEGER NOT NULL,
-  amount_cents INTEGER NOT NULL, status TEXT NOT NULL, cancelled_by TEXT);
-CREATE TABLE IF NOT EXISTS ordering_transition (
-  ord INTEGER NOT NULL, input TEXT NOT NULL, from_status TEXT NOT NULL, PRIMARY KEY (ord, input)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS ordering_parked (ord INTEGER NOT NULL, input TEXT NOT NULL, status TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS ordering_by_status ON ordering_order (status);
+  id BIGINT PRIMARY KEY, buyer BIGINT NOT NULL, product BIGINT NOT NULL, quantity BIGINT NOT NULL,
+  amount_cents BIGINT NOT NULL, status TEXT NOT NULL, cancelled_by TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS ordering_parked (ord BIGINT NOT NULL, input TEXT NOT NULL, status TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS ordering_deadline (
+  ord BIGINT NOT NULL, input TEXT NOT NULL, due_ms BIGINT NOT NULL, PRIMARY KEY (ord, input));
+CREATE INDEX IF NOT EXISTS ordering_deadline_by_due ON ordering_deadline (due_ms);
 ";
+
+/// How long the shop waits for stock or payment before it cancels.
+const LATE: Duration = Duration::from_secs(600);
 
 /// An order as ordering knows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,72 +54,65 @@ pub struct Order {
 ///
 /// # Errors
 /// What the database reports.
-pub fn find(tables: &Connection, id: OrderId) -> rusqlite::Result<Option<Order>> {
-    let sql = "SELECT buyer, product, quantity, amount_cents, status, cancelled_by FROM ordering_order WHERE id = ?1";
-    tables
-        .prepare_cached(sql)?
-        .query_row([id], |row| {
-            let status: String = row.get(4)?;
-            let status = Status::parse(&status).ok_or(rusqlite::Error::InvalidQuery)?;
-            Ok(Order {
-                id,
-                buyer: row.get(0)?,
-                product: row.get(1)?,
-                quantity: row.get(2)?,
-                amount_cents: row.get(3)?,
-                status,
-                cancelled_by: row.get(5)?,
-            })
-        })
-        .optional()
+pub async fn find(tables: &mut impl Tables, id: OrderId) -> eventbus::Result<Option<Order>> {
+    let sql = "SELECT buyer, product, quantity, amount_cents, status, cancelled_by FROM ordering_order WHERE id = $1";
+    tables.first(sql, &[id.into()]).await?.map(|row| order(id, &row)).transpose()
 }
 
-/// What an input led to: now, or at an earlier delivery of the same input.
-struct Step {
-    order: Order,
-    next: Next,
-    repeated: bool,
+/// Finds an order that nobody else may change before the transaction ends.
+async fn take(tables: &mut impl Tables, id: OrderId) -> eventbus::Result<Option<Order>> {
+    // A change that changes nothing waits for who changes the row now, on both databases.
+    let sql = "UPDATE ordering_order SET status = status WHERE id = $1
+        RETURNING buyer, product, quantity, amount_cents, status, cancelled_by";
+    tables.first(sql, &[id.into()]).await?.map(|row| order(id, &row)).transpose()
 }
 
-/// Makes a transition once. A repeated input finds it made, and learns what it led to.
-fn step(tables: &Connection, id: OrderId, input: Input) -> rusqlite::Result<Option<Step>> {
-    let Some(mut order) = find(tables, id)? else { return Ok(None) };
-    let name = format!("{input:?}");
-    let sql = "SELECT from_status FROM ordering_transition WHERE ord = ?1 AND input = ?2";
-    let made: Option<String> =
-        tables.prepare_cached(sql)?.query_row(params![id, name], |row| row.get(0)).optional()?;
-    if let Some(from) = made.and_then(|from| Status::parse(&from)) {
-        return Ok(Some(Step { next: on(from, input), order, repeated: true }));
-    }
+fn order(id: OrderId, row: &Row) -> eventbus::Result<Order> {
+    let status = Status::parse(row.text(4)?)
+        .ok_or_else(|| eventbus::Error::new(ErrorKind::Corrupt, "an order has no known status"))?;
+    Ok(Order {
+        id,
+        buyer: row.number(0)?,
+        product: row.number(1)?,
+        quantity: row.number(2)?,
+        amount_cents: row.number(3)?,
+        status,
+        cancelled_by: Some(row.text(5)?.to_owned()).filter(|who| !who.is_empty()),
+    })
+}
+
+/// Applies an input to an order: its new state is stored in the transaction, what follows is returned.
+async fn apply(
+    tables: &mut impl Tables,
+    topics: &Topics,
+    id: OrderId,
+    input: Input,
+) -> Result<Emits, Failure> {
+    let Some(mut order) = take(tables, id).await? else {
+        return Err(Failure::transient("order.unknown", format_args!("order {id} is not known (yet)")));
+    };
     let next = on(order.status, input);
-    let run = |sql: &str, values: &[&dyn rusqlite::ToSql]| tables.prepare_cached(sql)?.execute(values);
     match next {
-        Next::To(status, _) => {
-            let from = order.status;
+        Next::To(status, effects) => {
             order.status = status;
             order.cancelled_by = (status == Status::Cancelled).then(|| cancelled_by(input).to_owned());
-            let sql = "UPDATE ordering_order SET status = ?2, cancelled_by = ?3 WHERE id = ?1";
-            run(sql, &[&id, &status.as_str(), &order.cancelled_by])?;
-            run("INSERT INTO ordering_transition VALUES (?1, ?2, ?3)", &[&id, &name, &from.as_str()])?;
-            if status == Status::AwaitingValidation {
-                crate::timers::arm(tables, id, crate::timers::Kind::StockLate)?;
+            let by = order.cancelled_by.clone().unwrap_or_default();
+            let sql = "UPDATE ordering_order SET status = $2, cancelled_by = $3 WHERE id = $1";
+            tables.run(sql, &[id.into(), status.as_str().into(), by.into()]).await?;
+            if effects.contains(&Effect::Timer) {
+                let late = if status == Status::StockConfirmed { Input::PayLate } else { Input::StockLate };
+                let due = now_ms().saturating_add(LATE.as_millis() as u64);
+                let sql = "INSERT INTO ordering_deadline VALUES ($1, $2, $3) ON CONFLICT DO NOTHING";
+                tables.run(sql, &[id.into(), late.as_str().into(), due.into()]).await?;
             }
-            if status == Status::StockConfirmed {
-                crate::timers::arm(tables, id, crate::timers::Kind::PayLate)?;
-            }
-        }
-        Next::Stay(_) => {
-            run(
-                "INSERT INTO ordering_transition VALUES (?1, ?2, ?3)",
-                &[&id, &name, &order.status.as_str()],
-            )?;
         }
         Next::Park => {
-            run("INSERT INTO ordering_parked VALUES (?1, ?2, ?3)", &[&id, &name, &order.status.as_str()])?;
+            let sql = "INSERT INTO ordering_parked VALUES ($1, $2, $3)";
+            tables.run(sql, &[id.into(), input.as_str().into(), order.status.as_str().into()]).await?;
         }
-        Next::Ignore | Next::Refuse => {}
+        Next::Stay(_) | Next::Ignore | Next::Refuse => {}
     }
-    Ok(Some(Step { order, next, repeated: false }))
+    Ok(outputs(topics, &order, next, input)?)
 }
 
 fn cancelled_by(input: Input) -> &'static str {
@@ -123,164 +123,155 @@ fn cancelled_by(input: Input) -> &'static str {
     }
 }
 
-/// The events and commands of a step, under ids that depend only on the order and the transition.
-fn outputs(topics: &Topics, step: &Step, input: Input) -> eventbus::Result<Emits> {
-    let Order { id: order, buyer, product, quantity, amount_cents, .. } = step.order;
-    let (status, effects) = match step.next {
+/// The events and commands that follow.
+fn outputs(topics: &Topics, of: &Order, next: Next, input: Input) -> eventbus::Result<Emits> {
+    let &Order { id: order, buyer, product, quantity, amount_cents, .. } = of;
+    let (status, effects) = match next {
         Next::To(status, effects) => (Some(status), effects),
         Next::Stay(effects) => (None, effects),
         Next::Ignore | Next::Park | Next::Refuse => return Ok(Emits::new()),
     };
-    let id = |what: &str| event_id(order, what);
     let mut emits = Emits::new();
     for effect in effects {
         emits = match effect {
-            Effect::Commit => emits.to_as(&topics.catalog_commands, &CommitStock { order }, id("commit"))?,
-            Effect::Release => {
-                emits.to_as(&topics.catalog_commands, &ReleaseStock { order }, id("release"))?
-            }
-            Effect::Capture => {
-                emits.to_as(&topics.payment_commands, &CapturePayment { order }, id("capture"))?
-            }
-            Effect::Void => emits.to_as(&topics.payment_commands, &VoidPayment { order }, id("void"))?,
-            Effect::Refund => {
-                emits.to_as(&topics.payment_commands, &RefundPayment { order }, id("refund"))?
-            }
+            Effect::Commit => emits.to(&topics.catalog_commands, &CommitStock { order })?,
+            Effect::Release => emits.to(&topics.catalog_commands, &ReleaseStock { order })?,
+            Effect::Capture => emits.to(&topics.payment_commands, &CapturePayment { order })?,
+            Effect::Void => emits.to(&topics.payment_commands, &VoidPayment { order })?,
+            Effect::Refund => emits.to(&topics.payment_commands, &RefundPayment { order })?,
             Effect::Timer => emits,
         };
     }
     match status {
         None | Some(Status::Submitted) => Ok(emits),
         Some(Status::AwaitingValidation) => {
-            let event = OrderStatusChangedToAwaitingValidation { order, product, quantity };
-            emits.to_as(&topics.waiting, &event, id("AwaitingValidation"))
+            emits.to(&topics.waiting, &OrderStatusChangedToAwaitingValidation { order, product, quantity })
         }
-        Some(Status::StockConfirmed) => {
-            let event = OrderStatusChangedToStockConfirmed { order, buyer, amount_cents };
-            emits.to_as(&topics.stock_confirmed, &event, id("StockConfirmed"))
-        }
+        Some(Status::StockConfirmed) => emits
+            .to(&topics.stock_confirmed, &OrderStatusChangedToStockConfirmed { order, buyer, amount_cents }),
         Some(Status::Paid) => {
             let event = OrderStatusChangedToPaid { order, buyer, product, quantity, amount_cents };
-            emits.to_as(&topics.paid, &event, id("Paid"))
+            emits.to(&topics.paid, &event)
         }
-        Some(Status::Shipped) => {
-            emits.to_as(&topics.status, &OrderStatusChangedToShipped { order, buyer }, id("Shipped"))
-        }
+        Some(Status::Shipped) => emits.to(&topics.status, &OrderStatusChangedToShipped { order, buyer }),
         Some(Status::Cancelled) => {
             let event = OrderStatusChangedToCancelled { order, buyer, reason: cancelled_by(input).into() };
-            emits.to_as(&topics.status, &event, id("Cancelled"))
+            emits.to(&topics.status, &event)
         }
     }
 }
 
-/// Applies an input to an order: state and outputs.
-///
-/// # Errors
-/// Transient if the tables fail, or if the order is not known yet.
-pub async fn apply(shop: &Shop, id: OrderId, input: Input) -> Result<Emits, Failure> {
-    let made = shop.store.run(move |tables| step(tables, id, input)).await?;
-    let Some(made) = made else {
-        return Err(Failure::transient("order.unknown", format_args!("order {id} is not known (yet)")));
-    };
-    if made.repeated {
-        shop.count_duplicate();
-    }
-    Ok(outputs(&shop.topics, &made, input)?)
-}
-
-async fn checkout(
+async fn checkout<D: Db>(
+    mut tx: Tx<D>,
     Typed(checkout): Typed<UserCheckoutAccepted>,
-    State(shop): State<Shop>,
+    State(desk): State<Desk<D>>,
 ) -> Result<Emits, Failure> {
     let UserCheckoutAccepted { order, buyer, product, quantity, amount_cents } = checkout;
-    let n_new = shop
-        .store
-        .run(move |tables| {
-            let sql = "INSERT OR IGNORE INTO ordering_order VALUES (?1, ?2, ?3, ?4, ?5, 'Submitted', NULL)";
-            tables.prepare_cached(sql)?.execute(params![order, buyer, product, quantity, amount_cents])
-        })
-        .await?;
-    if n_new == 0 {
-        shop.count_duplicate();
-    }
+    let sql = "INSERT INTO ordering_order VALUES ($1, $2, $3, $4, $5, 'Submitted', '')";
+    tx.run(sql, &[order.into(), buyer.into(), product.into(), quantity.into(), amount_cents.into()]).await?;
     Ok(Emits::new()
-        .to_as(&shop.topics.orders, &OrderStarted { order, buyer }, event_id(order, "started"))?
-        .to_as(
-        &shop.topics.status,
-        &OrderStatusChangedToSubmitted { order, buyer },
-        event_id(order, "Submitted"),
-    )?)
+        .to(&desk.topics.orders, &OrderStarted { order, buyer })?
+        .to(&desk.topics.status, &OrderStatusChangedToSubmitted { order, buyer })?)
 }
 
-async fn grace(
-    Typed(event): Typed<GracePeriodConfirmed>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::Grace).await
+/// Handlers that apply an input to the order that an event is of.
+macro_rules! inputs {
+    ($($name:ident: $event:ty => $input:ident)*) => {$(
+        async fn $name<D: Db>(
+            mut tx: Tx<D>,
+            Typed(event): Typed<$event>,
+            State(desk): State<Desk<D>>,
+        ) -> Result<Emits, Failure> {
+            apply(&mut *tx, &desk.topics, event.order, Input::$input).await
+        }
+    )*};
 }
 
-async fn stock_confirmed(
-    Typed(event): Typed<OrderStockConfirmed>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::StockOk).await
+inputs! {
+    grace: GracePeriodConfirmed => Grace
+    stock_confirmed: OrderStockConfirmed => StockOk
+    stock_rejected: OrderStockRejected => StockShort
+    payment_succeeded: OrderPaymentSucceeded => PayOk
+    payment_failed: OrderPaymentFailed => PayFailed
+    cancel: CancelOrder => Cancel
+    ship: OrderStatusChangedToPaid => Ship
 }
 
-async fn stock_rejected(
-    Typed(event): Typed<OrderStockRejected>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::StockShort).await
+/// Asks for the end of an order.
+///
+/// # Errors
+/// What the tables report: nothing is asked then.
+pub async fn ask_to_cancel<D: Db>(desk: &Desk<D>, order: OrderId) -> eventbus::Result<()> {
+    let mut tx = desk.begin().await?;
+    tx.publish(&desk.topics.ordering_commands, &CancelOrder { order })?;
+    tx.commit().await
 }
 
-async fn payment_succeeded(
-    Typed(event): Typed<OrderPaymentSucceeded>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::PayOk).await
+/// Ends waits that are over until the process ends.
+async fn watch<D: Db>(desk: Desk<D>) {
+    loop {
+        tokio::time::sleep(LOOK_EVERY).await;
+        if let Err(failure) = end_waits(&desk).await {
+            tracing::warn!(%failure, "waits for stock and payment could not be ended; trying again");
+        }
+    }
 }
 
-async fn payment_failed(
-    Typed(event): Typed<OrderPaymentFailed>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::PayFailed).await
-}
-
-async fn cancel(Typed(event): Typed<CancelOrder>, State(shop): State<Shop>) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::Cancel).await
-}
-
-async fn ship(
-    Typed(event): Typed<OrderStatusChangedToPaid>,
-    State(shop): State<Shop>,
-) -> Result<Emits, Failure> {
-    apply(&shop, event.order, Input::Ship).await
+/// Deadlines that are over go and are applied, each in one transaction with what follows.
+async fn end_waits<D: Db>(desk: &Desk<D>) -> Result<(), Failure> {
+    let sql = "SELECT ord, input FROM ordering_deadline WHERE due_ms <= $1 ORDER BY due_ms LIMIT $2";
+    for row in desk.look().await?.read(sql, &[now_ms().into(), BATCH.into()]).await? {
+        let (order, late): (OrderId, &str) = (row.number(0)?, row.text(1)?);
+        let input = if late == Input::PayLate.as_str() { Input::PayLate } else { Input::StockLate };
+        let mut tx = desk.begin().await?;
+        let over = "DELETE FROM ordering_deadline WHERE ord = $1 AND input = $2";
+        // Another process may have been here first.
+        if tx.run(over, &[order.into(), late.into()]).await? == 1 {
+            let emits = apply(&mut *tx, &desk.topics, order, input).await?;
+            for (topic, event) in emits.into_envelopes("/eshop") {
+                tx.publish_envelope(&topic, event)?;
+            }
+        }
+        tx.commit().await?;
+    }
+    Ok(())
 }
 
 /// Starts ordering.
 ///
 /// # Errors
-/// What the bus reports.
-pub async fn start(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    let topics = &shop.topics;
-    shop.service(bus, "ordering")
-        .on(topics.checkouts.clone(), checkout)
-        .on(topics.grace.clone(), grace)
-        .on(topics.stock.clone(), stock_confirmed)
-        .on(topics.stock.clone(), stock_rejected)
-        .on(topics.payment.clone(), payment_succeeded)
-        .on(topics.payment.clone(), payment_failed)
-        .on(topics.ordering_commands.clone(), cancel)
-        .with_state(shop.clone())
+/// What the bus or the tables report.
+pub async fn start<D: Db>(bus: &Bus, desk: &Desk<D>) -> eventbus::Result<Running> {
+    // Nobody could answer while the shop was down: who waits for an answer waits its full time from now.
+    let late = now_ms().saturating_add(LATE.as_millis() as u64);
+    let mut tx = desk.begin().await?;
+    tx.run("UPDATE ordering_deadline SET due_ms = $1 WHERE due_ms < $1", &[late.into()]).await?;
+    tx.commit().await?;
+    let topics = &desk.topics;
+    let running = desk
+        .service(bus, "ordering")
+        .on(topics.checkouts.clone(), checkout::<D>)
+        .on(topics.grace.clone(), grace::<D>)
+        .on(topics.stock.clone(), stock_confirmed::<D>)
+        .on(topics.stock.clone(), stock_rejected::<D>)
+        .on(topics.payment.clone(), payment_succeeded::<D>)
+        .on(topics.payment.clone(), payment_failed::<D>)
+        .on(topics.ordering_commands.clone(), cancel::<D>)
+        .with_state(desk.clone())
         .start(bus)
-        .await
+        .await?;
+    tokio::spawn(watch(desk.clone()));
+    Ok(running)
 }
 
 /// Starts shipping, a part of ordering with a group of its own: what is paid leaves the house.
 ///
 /// # Errors
 /// What the bus reports.
-pub async fn start_shipping(bus: &Bus, shop: &Shop) -> eventbus::Result<Running> {
-    shop.service(bus, "shipping").on(shop.topics.paid.clone(), ship).with_state(shop.clone()).start(bus).await
+pub async fn start_shipping<D: Db>(bus: &Bus, desk: &Desk<D>) -> eventbus::Result<Running> {
+    desk.service(bus, "shipping")
+        .on(desk.topics.paid.clone(), ship::<D>)
+        .with_state(desk.clone())
+        .start(bus)
+        .await
 }

@@ -1,8 +1,8 @@
-//! What is done again while the bus is away. All of it may be done twice: events keep their ids, topics their names.
+//! What is done again while the bus or a database is away. All of it may be done twice.
 
 use std::time::{Duration, Instant};
 
-/// How long the bus may be away before the program gives up.
+/// How long they may be away before the program gives up.
 const WITHIN: Duration = Duration::from_secs(120);
 const AGAIN: Duration = Duration::from_millis(250);
 
@@ -15,7 +15,7 @@ pub async fn patiently<T>(mut work: impl AsyncFnMut() -> eventbus::Result<T>) ->
     loop {
         match work().await {
             Err(error) if error.is_retryable() && Instant::now() < end => {
-                tracing::warn!(%error, "the bus is away; trying again");
+                tracing::warn!(%error, "away; trying again");
                 tokio::time::sleep(AGAIN).await;
             }
             done => return done,

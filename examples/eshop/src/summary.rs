@@ -4,9 +4,9 @@ use std::fmt;
 use std::time::Duration;
 
 use eventbus::{Bus, Counts};
-use rusqlite::Connection;
 use serde::Serialize;
 
+use crate::db::{Db, Tables as _};
 use crate::shop::Shop;
 
 /// Why orders were cancelled.
@@ -45,7 +45,7 @@ pub struct Law {
 /// The whole account.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Summary {
-    /// Orders of the file, and those from the web that were accepted until the file was settled.
+    /// Orders that were accepted, from files and from the web.
     pub orders: u64,
     /// Orders that were paid, shipped ones included.
     pub paid: u64,
@@ -73,122 +73,117 @@ pub struct Summary {
     pub laws: Vec<Law>,
 }
 
+/// Adds up a column.
+macro_rules! sum {
+    ($column:literal, $of:literal) => {
+        concat!("SELECT CAST(coalesce(sum(", $column, "), 0) AS BIGINT) FROM ", $of)
+    };
+}
+
 /// What the tables say at one moment.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Progress {
-    /// Watched orders that exist.
+    /// Orders that were accepted.
     pub orders: u64,
-    /// Those that are shipped or cancelled, told to their buyers, with nothing held or authorised.
+    /// Those that are shipped or cancelled, told to their buyers, with nothing in a basket, held or authorised.
     pub settled: u64,
 }
 
-/// Names the orders to watch: those of the file, whatever else is in the tables.
+/// Looks at how far the orders are, each service for itself.
 ///
 /// # Errors
 /// What the tables report.
-pub async fn watch_for(shop: &Shop, orders: Vec<u64>) -> eventbus::Result<()> {
-    shop.store
-        .run(move |tables| {
-            tables.execute_batch("CREATE TEMP TABLE IF NOT EXISTS watched (ord INTEGER PRIMARY KEY)")?;
-            let mut insert = tables.prepare_cached("INSERT OR IGNORE INTO watched VALUES (?1)")?;
-            orders.iter().try_for_each(|order| insert.execute([order]).map(drop))
-        })
-        .await
+pub async fn progress<D: Db>(shop: &Shop<D>) -> eventbus::Result<Progress> {
+    // What is behind is looked at first, so that nothing is settled that was not accepted.
+    let told = "SELECT count(*) FROM notification_mail WHERE kind IN ('paid', 'cancelled')";
+    let told = shop.notification.look().await?.count(told).await?;
+    let authorised = "SELECT count(*) FROM payment_payment WHERE state = 'authorised'";
+    let authorised = shop.payment.look().await?.count(authorised).await?;
+    let held = "SELECT count(*) FROM catalog_hold WHERE state = 'held'";
+    let held = shop.catalog.look().await?.count(held).await?;
+    let ended = "SELECT count(*) FROM ordering_order WHERE status IN ('Shipped', 'Cancelled')";
+    let ended = shop.ordering.look().await?.count(ended).await?;
+    let mut basket = shop.basket.look().await?;
+    let baskets = basket.count("SELECT count(*) FROM basket_basket").await?;
+    let orders = basket.count("SELECT count(*) FROM basket_checkout").await?;
+    Ok(Progress { orders, settled: ended.min(told).saturating_sub(held.max(authorised).max(baskets)) })
 }
 
-/// Watches the orders from the web as well that were accepted until now. Returns how many are watched.
-///
-/// # Errors
-/// What the tables report.
-pub async fn watch_all(shop: &Shop) -> eventbus::Result<u64> {
-    shop.store
-        .run(|tables| {
-            let all = "SELECT id FROM ordering_order UNION SELECT ord FROM basket_request";
-            tables.execute(&format!("INSERT OR IGNORE INTO watched {all}"), [])?;
-            tables.query_row("SELECT count(*) FROM watched", [], |row| row.get(0))
-        })
-        .await
-}
-
-/// Looks at how far the orders are.
-///
-/// # Errors
-/// What the tables report.
-pub async fn progress(shop: &Shop) -> eventbus::Result<Progress> {
-    shop.store
-        .run(|tables| {
-            let count = |sql: &str| tables.prepare_cached(sql)?.query_row([], |row| row.get::<_, u64>(0));
-            let orders = count("SELECT count(*) FROM ordering_order JOIN watched ON ord = id")?;
-            let open = count(
-                "SELECT count(*) FROM ordering_order JOIN watched ON ord = id WHERE status NOT IN ('Shipped', 'Cancelled')",
-            )?;
-            let held = count("SELECT count(*) FROM catalog_hold JOIN watched USING (ord) WHERE state = 'held'")?;
-            let authorised = count("SELECT count(*) FROM payment_payment JOIN watched USING (ord) WHERE state = 'authorised'")?;
-            let told = count("SELECT count(*) FROM notification_mail JOIN watched USING (ord) WHERE kind IN ('paid', 'cancelled')")?;
-            Ok(Progress { orders, settled: (orders - open.max(held).max(authorised).min(orders)).min(told) })
-        })
-        .await
-}
-
-/// Reads the account of the watched orders; the stock is that of everybody.
-fn account(tables: &Connection) -> rusqlite::Result<(Summary, Books)> {
-    let count = |sql: &str| {
-        tables.query_row(sql, [], |row| row.get::<_, Option<u64>>(0)).map(Option::unwrap_or_default)
-    };
-    let orders = "FROM ordering_order JOIN watched ON ord = id";
-    let cancelled_by = |who: &str| count(&format!("SELECT count(*) {orders} WHERE cancelled_by = '{who}'"));
-    let paid = format!("{orders} WHERE status IN ('Paid', 'Shipped')");
-    let told = "FROM notification_mail JOIN watched USING (ord)";
-    let terminal = format!("{told} WHERE kind IN ('paid', 'cancelled')");
-    let summary = Summary {
-        orders: count(&format!("SELECT count(*) {orders}"))?,
-        paid: count(&format!("SELECT count(*) {paid}"))?,
-        cancelled: count(&format!("SELECT count(*) {orders} WHERE status = 'Cancelled'"))?,
-        cancelled_by: CancelledBy {
-            stock: cancelled_by("stock")?,
-            payment: cancelled_by("payment")?,
-            buyer: cancelled_by("buyer")?,
-        },
-        revenue_cents: count(
-            "SELECT sum(amount_cents) FROM payment_payment JOIN watched USING (ord) WHERE state = 'captured'",
-        )?,
-        quantity_sold: count(&format!("SELECT sum(quantity) {paid}"))?,
-        stock: Stock {
-            initial: count("SELECT sum(initial) FROM catalog_product")?,
-            on_hand: count("SELECT sum(on_hand) FROM catalog_product")?,
-            held: count("SELECT sum(quantity) FROM catalog_hold WHERE state = 'held'")?,
-            sold: count("SELECT sum(quantity) FROM catalog_hold WHERE state = 'sold'")?,
-        },
-        terminal_events: count(&format!("SELECT count(*) {terminal}"))?,
-        ..Summary::default()
-    };
-    let books = Books {
-        paid_amount: count(&format!("SELECT sum(amount_cents) {paid}"))?,
-        sold: count("SELECT sum(quantity) FROM catalog_hold JOIN watched USING (ord) WHERE state = 'sold'")?,
-        with_one_terminal: count(&format!(
-            "SELECT count(*) FROM (SELECT ord {terminal} GROUP BY ord HAVING count(*) = 1)"
-        ))?,
-        told: count(&format!("SELECT count(DISTINCT ord) {told}"))?,
-    };
-    Ok((summary, books))
-}
-
-/// What the laws compare the summary with, of the same orders.
+/// What the laws compare the summary with.
 struct Books {
     paid_amount: u64,
-    sold: u64,
-    with_one_terminal: u64,
-    told: u64,
+    told_orders: u64,
+    told_once: u64,
+    baskets: u64,
+}
+
+/// Reads the account, each service's part from its own tables.
+async fn account<D: Db>(shop: &Shop<D>) -> eventbus::Result<(Summary, Books)> {
+    let mut ordering = shop.ordering.look().await?;
+    let mut summary = Summary {
+        orders: ordering.count("SELECT count(*) FROM ordering_order").await?,
+        paid: ordering
+            .count("SELECT count(*) FROM ordering_order WHERE status IN ('Paid', 'Shipped')")
+            .await?,
+        cancelled: ordering.count("SELECT count(*) FROM ordering_order WHERE status = 'Cancelled'").await?,
+        quantity_sold: ordering
+            .count(sum!("quantity", "ordering_order WHERE status IN ('Paid', 'Shipped')"))
+            .await?,
+        ..Summary::default()
+    };
+    let why =
+        "SELECT cancelled_by, count(*) FROM ordering_order WHERE status = 'Cancelled' GROUP BY cancelled_by";
+    for row in ordering.read(why, &[]).await? {
+        let n_orders = row.number(1)?;
+        match row.text(0)? {
+            "stock" => summary.cancelled_by.stock = n_orders,
+            "payment" => summary.cancelled_by.payment = n_orders,
+            _ => summary.cancelled_by.buyer = n_orders,
+        }
+    }
+    let mut payment = shop.payment.look().await?;
+    summary.revenue_cents =
+        payment.count(sum!("amount_cents", "payment_payment WHERE state = 'captured'")).await?;
+    let mut catalog = shop.catalog.look().await?;
+    summary.stock = Stock {
+        initial: catalog.count(sum!("initial", "catalog_product")).await?,
+        on_hand: catalog.count(sum!("on_hand", "catalog_product")).await?,
+        held: catalog.count(sum!("quantity", "catalog_hold WHERE state = 'held'")).await?,
+        sold: catalog.count(sum!("quantity", "catalog_hold WHERE state = 'sold'")).await?,
+    };
+    let mut notification = shop.notification.look().await?;
+    summary.terminal_events = notification
+        .count("SELECT count(*) FROM notification_mail WHERE kind IN ('paid', 'cancelled')")
+        .await?;
+    let books = Books {
+        paid_amount: ordering
+            .count(sum!("amount_cents", "ordering_order WHERE status IN ('Paid', 'Shipped')"))
+            .await?,
+        told_orders: notification.count("SELECT count(DISTINCT ord) FROM notification_mail").await?,
+        told_once: notification
+            .count(
+                "SELECT count(*) FROM (SELECT ord FROM notification_mail WHERE kind IN ('paid', 'cancelled')
+                    GROUP BY ord HAVING count(*) = 1) AS once",
+            )
+            .await?,
+        baskets: shop.basket.look().await?.count("SELECT count(*) FROM basket_basket").await?,
+    };
+    Ok((summary, books))
 }
 
 /// Draws up the account.
 ///
 /// # Errors
 /// What the tables or the bus report.
-pub async fn draw_up(bus: &Bus, shop: &Shop, counts: Counts, took: Duration) -> eventbus::Result<Summary> {
-    let (mut summary, books) = shop.store.run(account).await?;
+pub async fn draw_up<D: Db>(
+    bus: &Bus,
+    shop: &Shop<D>,
+    counts: Counts,
+    took: Duration,
+) -> eventbus::Result<Summary> {
+    let (mut summary, books) = account(shop).await?;
     summary.redeliveries = counts.redelivered;
-    summary.duplicates_skipped = shop.n_duplicates();
+    summary.duplicates_skipped = counts.duplicates;
     summary.seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
     if let Some(admin) = bus.transport().admin() {
         let letters = admin.topics().await?.into_iter().filter(|info| info.topic.as_str().ends_with(".dlq"));
@@ -201,11 +196,12 @@ pub async fn draw_up(bus: &Bus, shop: &Shop, counts: Counts, took: Duration) -> 
         law("orders = paid + cancelled", *orders == paid + cancelled),
         law("initial = on_hand + held + sold", stock.initial == stock.on_hand + stock.held + stock.sold),
         law("revenue = amounts of paid orders", *revenue_cents == books.paid_amount),
-        law("quantity_sold = stock.sold", *quantity_sold == books.sold),
+        law("quantity_sold = stock.sold", *quantity_sold == stock.sold),
         law(
             "one terminal event an order",
-            terminal_events == orders && books.with_one_terminal == *orders && books.told == *orders,
+            terminal_events == orders && books.told_once == *orders && books.told_orders == *orders,
         ),
+        law("no basket is left of an order", books.baskets == 0),
     ];
     Ok(summary)
 }

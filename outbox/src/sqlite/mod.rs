@@ -27,7 +27,7 @@ const MIN_LIBRARY: [u32; 3] = [3, 51, 3];
 const HELPING: i64 = 1000;
 
 /// Rows of one statement: few sizes, so that few statements are prepared.
-const CHUNKS: [usize; 4] = [256, 32, 4, 1];
+const CHUNKS: [usize; 7] = [256, 64, 16, 4, 3, 2, 1];
 
 #[doc(hidden)]
 #[derive(Debug)]

@@ -41,14 +41,14 @@ impl Default for Writer {
     }
 }
 
-/// A transaction of the file, and who in it waits for its commit.
+/// A transaction of the file with a savepoint in it, and who waits for its commit: who is dropped is told that there was none.
 struct Group {
     transaction: Transaction<'static, Sqlite>,
     committed: Vec<oneshot::Sender<Result<(), Uncommitted>>>,
     since: Instant,
 }
 
-/// A part of a group, from its savepoint to its release: for its user, a transaction.
+/// A part of a group, from its savepoint to the next one: for its user, a transaction.
 pub struct Unit(Option<Open>);
 
 struct Open {
@@ -91,25 +91,25 @@ impl Writer {
         };
         waiting.came = true;
         drop(waiting);
-        let mut group = match turn.take() {
-            Some(group) => group,
-            None => {
-                let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(from_sqlx)?;
-                Sqlite::sound(&mut transaction).await?;
-                Group { transaction, committed: Vec::new(), since: Instant::now() }
+        let group = match turn.take() {
+            Some(mut group) => {
+                let next = sqlx::raw_sql("RELEASE evt_unit; SAVEPOINT evt_unit");
+                match next.execute(&mut *group.transaction).await {
+                    Ok(_) => group,
+                    // Somebody before ended the transaction by hand.
+                    Err(_) => {
+                        group.give_up().await;
+                        Group::begin(pool).await?
+                    }
+                }
             }
+            None => Group::begin(pool).await?,
         };
-        match sqlx::query("SAVEPOINT evt_unit").execute(&mut *group.transaction).await {
-            Ok(_) => Ok(Unit(Some(Open { writer: self.clone(), turn, group }))),
-            Err(error) => {
-                group.give_up().await;
-                Err(from_sqlx(error))
-            }
-        }
+        Ok(Unit(Some(Open { writer: self.clone(), turn, group })))
     }
 
     /// Ends a turn: commits, or leaves the group to the next who waits.
-    async fn end(&self, mut turn: OwnedMutexGuard<Option<Group>>, group: Group) {
+    async fn end(&self, mut turn: OwnedMutexGuard<Option<Group>>, mut group: Group) {
         let is_alone = self.alone.load(Ordering::Relaxed) > 0;
         let is_full = group.committed.len() >= MAX_UNITS || group.since.elapsed() >= MAX_WAIT;
         if self.waiting.load(Ordering::SeqCst) > 0 && !is_alone && !is_full {
@@ -117,11 +117,13 @@ impl Writer {
             return;
         }
         if group.committed.is_empty() {
-            // Nobody waits for it, and a connection that cannot roll back ends.
-            _ = group.transaction.rollback().await;
+            group.give_up().await;
             return;
         }
-        let mut outcome = group.transaction.commit().await.map_err(Uncommitted::from);
+        // What `sqlx` counts as a transaction goes back to the pool only by a rollback that succeeds (0.9.0), also after a
+        // commit that failed: so there must be something to roll back.
+        let commit = sqlx::raw_sql("COMMIT; BEGIN").execute(&mut *group.transaction).await;
+        let mut outcome = commit.map(drop).map_err(Uncommitted::from);
         if is_alone {
             self.alone.fetch_sub(1, Ordering::Relaxed);
         }
@@ -134,8 +136,13 @@ impl Writer {
             let shared = Error::new(ErrorKind::Unavailable, message).caused_by(failed.error.clone());
             failed.error = Arc::new(shared);
         }
+        let Group { transaction, committed, .. } = group;
+        match &outcome {
+            Ok(()) => _ = transaction.rollback().await,
+            Err(_) => give_up(transaction).await,
+        }
         drop(turn);
-        for committed in group.committed {
+        for committed in committed {
             // Who went away does not want to know.
             _ = committed.send(outcome.clone());
         }
@@ -143,23 +150,28 @@ impl Writer {
 }
 
 impl Group {
-    /// All of it goes back; those who wait for it are told so when they are dropped.
-    async fn give_up(mut self) {
-        // Somebody may have ended the transaction by hand. A connection whose rollback fails would be of no use to others
-        // (sqlx 0.9.0 counts on), so that there must be something to roll back.
-        _ = sqlx::query("BEGIN").execute(&mut *self.transaction).await;
-        _ = self.transaction.rollback().await;
+    async fn begin(pool: &SqlitePool) -> Result<Self> {
+        let begin = pool.begin_with("BEGIN IMMEDIATE; SAVEPOINT evt_unit");
+        let mut transaction = begin.await.map_err(from_sqlx)?;
+        Sqlite::sound(&mut transaction).await?;
+        Ok(Self { transaction, committed: Vec::new(), since: Instant::now() })
     }
+
+    async fn give_up(self) {
+        give_up(self.transaction).await;
+    }
+}
+
+/// Undoes what is not committed, and gives the connection back.
+async fn give_up(mut transaction: Transaction<'static, Sqlite>) {
+    // Somebody, or a full disk, may have ended it already: see the commit.
+    _ = sqlx::raw_sql("BEGIN").execute(&mut *transaction).await;
+    _ = transaction.rollback().await;
 }
 
 impl Open {
     /// Makes it part of what the group commits; returns when that is done.
     async fn commit(mut self) -> Result<(), Uncommitted> {
-        let release = sqlx::query("RELEASE evt_unit").execute(&mut *self.group.transaction).await;
-        if let Err(error) = release {
-            self.group.give_up().await;
-            return Err(error.into());
-        }
         let (sender, committed) = oneshot::channel();
         self.group.committed.push(sender);
         self.writer.end(self.turn, self.group).await;
@@ -170,8 +182,7 @@ impl Open {
     }
 
     async fn rollback(mut self) -> sqlx::Result<()> {
-        let undo = sqlx::raw_sql("ROLLBACK TO evt_unit; RELEASE evt_unit");
-        match undo.execute(&mut *self.group.transaction).await {
+        match sqlx::raw_sql("ROLLBACK TO evt_unit").execute(&mut *self.group.transaction).await {
             Ok(_) => self.writer.end(self.turn, self.group).await,
             // What cannot be undone by itself is undone with all of it.
             Err(_) => self.group.give_up().await,
@@ -251,10 +262,10 @@ mod tests {
             .create_if_missing(true);
         let pool = SqlitePool::connect_with(options).await.unwrap();
         sqlx::query("CREATE TABLE w (n INTEGER)").execute(&pool).await.unwrap();
-        let writer = Arc::new(Writer { patience: Duration::from_micros(300), ..Writer::default() });
+        let writer = Arc::new(Writer { patience: Duration::from_micros(200), ..Writer::default() });
         let (mut committed, mut gave_up) = (0, 0);
-        for _ in 0..400 {
-            let pair = [(); 2].map(|()| {
+        for _ in 0..200 {
+            let some = [(); 6].map(|()| {
                 let (writer, pool) = (writer.clone(), pool.clone());
                 tokio::spawn(async move {
                     let Ok(mut unit) = writer.begin(&pool).await else { return false };
@@ -263,11 +274,12 @@ mod tests {
                     true
                 })
             });
-            for one in pair {
+            for one in some {
                 let one = tokio::time::timeout(Duration::from_secs(5), one);
-                match one.await.expect("nobody commits the group").unwrap() {
-                    true => committed += 1,
-                    false => gave_up += 1,
+                match one.await {
+                    Ok(Ok(true)) => committed += 1,
+                    Ok(Ok(false)) => gave_up += 1,
+                    stuck => unreachable!("nobody commits the group: {stuck:?}"),
                 }
             }
         }

@@ -126,6 +126,10 @@ pub(super) async fn conclude(
         let counters = &subscribed.counters;
         let counter = if is_duplicate { &counters.duplicates } else { &counters.handled };
         counter.fetch_add(1, Atomic::Relaxed);
+        if is_duplicate {
+            let id = context.envelope().id();
+            tracing::debug!(topic = %subscribed.topic, handler = route.name, %id, "handled before: passed over");
+        }
     }
     if let Some(observer) = &subscribed.observer {
         observer.ran(route.name, context, failure.as_ref());

@@ -10,7 +10,8 @@ use crate::{lawful, summary};
 
 const N_ORDERS: u64 = 1_500;
 /// The services of each process; the last one imports, and ends when all is settled.
-const GROUPS: [&str; 5] = ["ordering", "grace,payment", "catalog", "shipping", "basket,notification"];
+const GROUPS: [&str; 5] =
+    ["ordering,relay", "grace,payment", "catalog", "shipping", "basket,notification,relay"];
 
 /// Ends its process when the test does, however that is.
 struct Running(Child);
@@ -39,10 +40,11 @@ fn last_words(folder: &Path) -> String {
 }
 
 fn start(folder: &Path, bus: &str, services: &str, more: &[&str]) -> Running {
-    let (tables, orders) = (folder.join("tables.db"), folder.join("orders.csv"));
+    let (tables, orders) =
+        (format!("sqlite://{}/{{service}}.db", folder.display()), folder.join("orders.csv"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_eshop"));
     command.args(["--listen", "127.0.0.1:0", "--stock", "100", "--services", services]);
-    command.args(["--bus", bus]).arg("--tables").arg(tables).arg("--orders").arg(orders).args(more);
+    command.args(["--bus", bus]).arg("--db").arg(tables).arg("--orders").arg(orders).args(more);
     // Not a pipe that nobody empties: an outage has much to say.
     let said = std::fs::File::create(said_by(folder, services)).unwrap();
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(said);
