@@ -8,7 +8,7 @@ use eventbus::{Error, ErrorKind, Result};
 use outbox::Backend;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Pool, Postgres, Row as _, Sqlite, TypeInfo as _, ValueRef as _};
+use sqlx::{Connection as _, PgConnection, Pool, Postgres, Row as _, Sqlite, TypeInfo as _, ValueRef as _};
 
 /// Longest wait for a connection, and for another process that writes to the same file.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -187,7 +187,7 @@ macro_rules! tables {
 }
 
 tables!(sqlx::SqliteConnection, "INTEGER");
-tables!(sqlx::PgConnection, "INT8");
+tables!(PgConnection, "INT8");
 
 impl Db for Sqlite {
     async fn connect(url: &str) -> Result<Pool<Self>> {
@@ -213,9 +213,13 @@ impl Db for Sqlite {
 impl Db for Postgres {
     async fn connect(url: &str) -> Result<Pool<Self>> {
         let options: PgConnectOptions = url.parse().map_err(|error| not_an_address(&error))?;
+        let options = options.application_name("eshop");
+        // A pool says only that it has no connection; this says why.
+        let first = PgConnection::connect_with(&options).await.map_err(|error| cannot_open(error, url))?;
+        // It has nothing to lose.
+        _ = first.close().await;
         let pool = PgPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(CONNECT);
-        let pool = pool.connect_with(options.application_name("eshop")).await;
-        pool.map_err(|error| cannot_open(error, url))
+        Ok(pool.connect_lazy_with(options))
     }
 
     async fn create(pool: &Pool<Self>, schema: &'static str) -> Result<()> {
