@@ -18,7 +18,7 @@ const GROUPS: [&str; 5] =
 
 /// How long everything dies: `CHAOS_SECONDS=60` is the long form.
 fn seconds() -> u64 {
-    std::env::var("CHAOS_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
+    std::env::var("CHAOS_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(12)
 }
 
 /// A process that is started again when it was killed.
@@ -128,7 +128,7 @@ fn everything_dies(bus: String, db: String, folder: &Path, mut others: Vec<Broke
     let passed_over = said.matches("handled before").count();
     println!("{killed} processes killed, {restarted} others; {passed_over} passed over; {account}");
     lawful(&account, n_orders);
-    assert!(killed >= 5 && passed_over > 0, "{killed} killed, {passed_over} passed over");
+    assert!(killed >= 3 && passed_over > 0, "{killed} killed, {passed_over} passed over");
 }
 
 #[test]
