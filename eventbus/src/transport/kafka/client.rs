@@ -404,7 +404,12 @@ pub(super) fn missing(topic: &Topic) -> Error {
 
 /// Classes an error once, where its code is known.
 pub(super) fn from_kafka(error: KafkaError) -> Error {
-    let (kind, message) = match error.rdkafka_error_code() {
+    // The client library does not tell the code of these (0.39).
+    let code = match &error {
+        KafkaError::AdminOp(code) => Some(*code),
+        error => error.rdkafka_error_code(),
+    };
+    let (kind, message) = match code {
         Some(code) => of_code(code),
         None if matches!(error, KafkaError::ClientConfig(..)) => {
             (ErrorKind::Config, "an option cannot be used")
@@ -457,5 +462,19 @@ pub(super) fn of_code(code: Code) -> (ErrorKind, &'static str) {
         | Code::NetworkException
         | Code::KafkaStorageError => (ErrorKind::Unavailable, "the cluster cannot work now"),
         _ => (ErrorKind::Unexpected, "the broker refused a request"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What administration is told is classed as what everybody else is told.
+    #[test]
+    fn errors_of_administration_are_known_by_their_codes() {
+        let away = from_kafka(KafkaError::AdminOp(Code::BrokerTransportFailure));
+        assert!(away.is_retryable(), "{away}");
+        let refused = from_kafka(KafkaError::AdminOp(Code::TopicAuthorizationFailed));
+        assert_eq!(refused.kind(), ErrorKind::Unauthorized);
     }
 }
