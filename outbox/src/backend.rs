@@ -61,14 +61,15 @@ pub trait Backend: Database + sealed::Sealed {
     fn commit(unit: Self::Unit) -> impl Future<Output = Result<(), Uncommitted>> + Send;
 
     #[doc(hidden)]
-    fn rollback(unit: Self::Unit) -> impl Future<Output = sqlx::Result<()>> + Send;
+    fn rollback(unit: Self::Unit) -> impl Future<Output = Result<(), Uncommitted>> + Send;
 
-    /// Stores events; returns by what the transaction can be found out.
+    /// Stores events; returns by what the transaction can be found out. In a unit it fails where that is over already.
     #[doc(hidden)]
     fn append(
         connection: &mut Self::Connection,
         statements: &Self::Statements,
         rows: &[Row],
+        in_unit: bool,
     ) -> impl Future<Output = Result<Fate>> + Send;
 
     /// Fails where commits on a connection may be lost again, as far as it does not mend that; units that were begun here are
@@ -151,6 +152,12 @@ impl Uncommitted {
     #[cfg(feature = "sqlite")]
     pub(crate) fn refused(error: Error) -> Self {
         Self { is_unknown: false, error: Arc::new(error) }
+    }
+}
+
+impl Uncommitted {
+    pub(crate) fn told(self) -> Error {
+        Error::new(self.error.kind(), "the transaction was not committed").caused_by(self.error)
     }
 }
 

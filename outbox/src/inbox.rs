@@ -146,7 +146,8 @@ impl<Db: Backend> Inbox<Db> {
                     ErrorKind::Conflict,
                     "later events of the key were handled: the sequence of keys cannot go back",
                 )),
-                Ok(false) => Ok(None),
+                // Who handled it may be of the same group, and is believed when that is committed.
+                Ok(false) => return open.commit().await.map(|()| None),
                 Err(error) => Err(error),
             };
             // One that fails ends with its connection.

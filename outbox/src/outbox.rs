@@ -170,7 +170,7 @@ impl<Db: Backend> Outbox<Db> {
         let rows = events.into_iter().map(|(topic, event)| Row::new(&topic, event, max));
         let rows: Vec<Row> = rows.collect::<Result<_>>()?;
         Db::sound(transaction).await?;
-        self.append(transaction, &rows).await
+        self.append(transaction, &rows, false).await
     }
 
     /// Wakes the relays of this process: something was committed.
@@ -260,12 +260,13 @@ impl<Db: Backend> Outbox<Db> {
         &self,
         connection: &mut Db::Connection,
         rows: &[Row],
+        in_unit: bool,
     ) -> Result<Option<Ticket>> {
         if rows.is_empty() {
             return Ok(None);
         }
         check_keys(rows)?;
-        Db::append(connection, &self.0.statements, rows).await.map(|fate| Some(Ticket(fate)))
+        Db::append(connection, &self.0.statements, rows, in_unit).await.map(|fate| Some(Ticket(fate)))
     }
 
     /// Asks for a while what became of a commit that was not answered.

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use eventbus::sql::from_sqlx;
 use eventbus::{Envelope, Error, ErrorKind, EventId, Message, Result, Topic};
 
 use crate::backend::{Backend, Uncommitted};
@@ -57,7 +56,7 @@ impl<Db: Backend> Open<Db> {
     }
 
     pub(crate) async fn flush(&mut self) -> Result<Option<Ticket>> {
-        if let Some(ticket) = self.outbox.append(&mut self.transaction, &self.events.0).await? {
+        if let Some(ticket) = self.outbox.append(&mut self.transaction, &self.events.0, true).await? {
             self.events.0.clear();
             self.ticket = Some(ticket);
         }
@@ -103,9 +102,7 @@ impl<Db: Backend> Open<Db> {
                     }
                 }
             }
-            Err(Uncommitted { error, .. }) => {
-                Err(Error::new(error.kind(), "the transaction was not committed").caused_by(error))
-            }
+            Err(failed) => Err(failed.told()),
         };
         if self.ticket.is_some() {
             self.outbox.wake();
@@ -115,7 +112,7 @@ impl<Db: Backend> Open<Db> {
 
     pub(crate) async fn rollback(mut self) -> Result<()> {
         self.events.0.clear();
-        Db::rollback(self.transaction).await.map_err(from_sqlx)
+        Db::rollback(self.transaction).await.map_err(Uncommitted::told)
     }
 }
 
@@ -165,10 +162,10 @@ impl<Db: Backend> Transaction<Db> {
         whole(self.0.commit()).await
     }
 
-    /// Undoes everything, and publishes nothing.
+    /// Undoes everything, and publishes nothing. On SQLite it waits until what it may have read is committed.
     ///
     /// # Errors
-    /// Transient: it is undone all the same, with its connection.
+    /// Transient: it is undone all the same, with its connection; on SQLite what it read may be undone as well.
     ///
     /// # Cancellation
     /// It goes on.

@@ -31,8 +31,15 @@ const BLOCKERS: &str = "SELECT to_json(format('process %s of %s: %s for %s s, ho
   FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start < clock_timestamp() - interval '1 s'
     AND a.pid <> pg_backend_pid() AND (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) ORDER BY a.xact_start";
 
-/// When the server came up after its last crash or became the primary: its counters begin anew then. A server that crashed may
-/// have lost a transaction without a trace, and gives its id to another one, whose fate is not that of the first.
+/// Begins a transaction whose commit is durable: what it acknowledges must not vanish with the server.
+const BEGIN: &str = "BEGIN; SELECT set_config('synchronous_commit', 'on', true)
+  WHERE current_setting('synchronous_commit') IN ('off', 'local')";
+
+/// What the server says of an id that it has not given out (yet).
+const IN_THE_FUTURE: &str = "22023";
+
+/// When the server came up after its last crash: its counters begin anew then, and a standby has counters of its own. A server
+/// that crashed may have lost a transaction without a trace, and gives its id to another one, whose fate is not that of the first.
 const LIFE: &str = "(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) * 1000000)::bigint";
 
 #[doc(hidden)]
@@ -93,23 +100,28 @@ impl Backend for Postgres {
     }
 
     async fn begin(pool: &PgPool, _: &Arc<()>) -> Result<Self::Unit> {
-        pool.begin().await.map_err(from_sqlx)
+        pool.begin_with(BEGIN).await.map_err(from_sqlx)
     }
 
     async fn commit(unit: Self::Unit) -> Result<(), Uncommitted> {
         unit.commit().await.map_err(Uncommitted::from)
     }
 
-    async fn rollback(unit: Self::Unit) -> sqlx::Result<()> {
-        unit.rollback().await
+    async fn rollback(unit: Self::Unit) -> Result<(), Uncommitted> {
+        unit.rollback().await.map_err(Uncommitted::from)
     }
 
-    /// Appends raise what is too low.
+    /// Appends raise what is too low, and so does the beginning of a unit.
     async fn sound(_: &mut PgConnection) -> Result<()> {
         Ok(())
     }
 
-    async fn append(connection: &mut PgConnection, statements: &Statements, rows: &[Row]) -> Result<Fate> {
+    async fn append(
+        connection: &mut PgConnection,
+        statements: &Statements,
+        rows: &[Row],
+        _: bool,
+    ) -> Result<Fate> {
         let column = |of: fn(&Row) -> &str| rows.iter().map(of).collect::<Vec<_>>();
         // An absent body in every row is an empty column, which `unnest` fills up.
         let has_body = rows.iter().any(|row| row.payload.is_some());
@@ -140,9 +152,11 @@ impl Backend for Postgres {
 
     async fn fate(pool: &PgPool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
         let Fate::Transaction { id, life, event } = fate else { return Ok(None) };
-        // An id of another server, or one that is not given out yet, is an error there, and nothing is known here.
         let fate = sqlx::query_scalar(AssertSqlSafe(statements.fate.clone()));
-        fate.bind(id.to_string()).bind(life).bind(event).fetch_one(pool).await.map_err(from_sqlx)
+        match fate.bind(id.to_string()).bind(life).bind(event).fetch_one(pool).await {
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(IN_THE_FUTURE) => Ok(None),
+            fate => fate.map_err(from_sqlx),
+        }
     }
 
     async fn remember(

@@ -177,9 +177,15 @@ impl Store for PostgresStore {
     async fn identity(&self) -> Result<String> {
         let fresh = crate::store::identity();
         loop {
+            let mut transaction = self.pool.begin().await.map_err(from_sqlx)?;
+            // Unlike what is written later, it is told to others: it must not vanish with the server.
+            let durable = sqlx::raw_sql("SET LOCAL synchronous_commit = on").execute(&mut *transaction);
+            durable.await.map_err(from_sqlx)?;
             let query = sqlx::query_scalar(AssertSqlSafe(self.sql.identity.clone())).bind(&fresh);
+            let found = query.fetch_optional(&mut *transaction).await.map_err(from_sqlx)?;
+            transaction.commit().await.map_err(from_sqlx)?;
             // Nothing is returned when another relay made one in this moment.
-            if let Some(identity) = query.fetch_optional(&self.pool).await.map_err(from_sqlx)? {
+            if let Some(identity) = found {
                 return Ok(identity);
             }
         }

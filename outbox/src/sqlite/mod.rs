@@ -97,7 +97,7 @@ impl Backend for Sqlite {
         unit.commit().await
     }
 
-    async fn rollback(unit: Unit) -> sqlx::Result<()> {
+    async fn rollback(unit: Unit) -> Result<(), Uncommitted> {
         unit.rollback().await
     }
 
@@ -105,7 +105,17 @@ impl Backend for Sqlite {
         connection: &mut SqliteConnection,
         statements: &Statements,
         rows: &[Row],
+        in_unit: bool,
     ) -> Result<Fate> {
+        if in_unit {
+            // One was ended below its user, by hand or by an error of the database, if another can begin: then events would be
+            // stored outside of it.
+            if sqlx::raw_sql("BEGIN").execute(&mut *connection).await.is_ok() {
+                _ = sqlx::raw_sql("ROLLBACK").execute(&mut *connection).await;
+                let message = "the transaction was ended before its events were stored";
+                return Err(Error::new(ErrorKind::Unexpected, message));
+            }
+        }
         let (mut rest, mut last) = (rows, None);
         while let Some(row) = rest.last() {
             let chunk = CHUNKS.iter().zip(&statements.append).find(|(size, _)| **size <= rest.len());

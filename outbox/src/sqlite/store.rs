@@ -13,6 +13,7 @@ use sqlx::sqlite::{SqliteArguments, SqlitePoolOptions, SqliteRow};
 use sqlx::{AssertSqlSafe, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
 use super::writer::{Unit, Writer};
+use crate::backend::Uncommitted;
 use crate::namespace::Namespace;
 use crate::outbox::whole;
 use crate::row::{Pending, RowId, Shard, Stored};
@@ -120,9 +121,7 @@ impl SqliteStore {
     }
 
     async fn commit(unit: Unit) -> Result<()> {
-        let committed = whole(async move { Ok(unit.commit().await) }).await?;
-        committed
-            .map_err(|failed| Error::new(failed.error.kind(), "it was not committed").caused_by(failed.error))
+        whole(async move { unit.commit().await.map_err(Uncommitted::told) }).await
     }
 
     /// One statement in a transaction of its own.

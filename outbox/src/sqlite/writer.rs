@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use eventbus::sql::from_sqlx;
 use eventbus::{Error, ErrorKind, Result};
-use sqlx::{Sqlite, SqliteConnection, SqlitePool, Transaction};
+use sqlx::pool::PoolConnection;
+use sqlx::{Database, SqlSafeStr as _, Sqlite, SqliteConnection, SqlitePool};
+use sqlx_core::transaction::TransactionManager as _;
 use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 
 use crate::backend::{Backend as _, Uncommitted};
@@ -41,9 +43,11 @@ impl Default for Writer {
     }
 }
 
-/// A transaction of the file with a savepoint in it, and who waits for its commit: who is dropped is told that there was none.
+/// A transaction of the file with a savepoint in it, and who waits for its commit. If it ends in any other way, its connection
+/// does too, as nobody knows what users left in it: what is not committed goes back, and those who wait are told so.
 struct Group {
-    transaction: Transaction<'static, Sqlite>,
+    connection: PoolConnection<Sqlite>,
+    is_over: bool,
     committed: Vec<oneshot::Sender<Result<(), Uncommitted>>>,
     since: Instant,
 }
@@ -94,11 +98,11 @@ impl Writer {
         let group = match turn.take() {
             Some(mut group) => {
                 let next = sqlx::raw_sql("RELEASE evt_unit; SAVEPOINT evt_unit");
-                match next.execute(&mut *group.transaction).await {
+                match next.execute(&mut *group.connection).await {
                     Ok(_) => group,
                     // Somebody before ended the transaction by hand.
                     Err(_) => {
-                        group.give_up().await;
+                        drop(group);
                         Group::begin(pool).await?
                     }
                 }
@@ -117,13 +121,11 @@ impl Writer {
             return;
         }
         if group.committed.is_empty() {
-            group.give_up().await;
+            group.is_over = Transactions::rollback(&mut group.connection).await.is_ok() && group.is_clean();
             return;
         }
-        // What `sqlx` counts as a transaction goes back to the pool only by a rollback that succeeds (0.9.0), also after a
-        // commit that failed: so there must be something to roll back.
-        let commit = sqlx::raw_sql("COMMIT; BEGIN").execute(&mut *group.transaction).await;
-        let mut outcome = commit.map(drop).map_err(Uncommitted::from);
+        let mut outcome = Transactions::commit(&mut group.connection).await.map_err(Uncommitted::from);
+        group.is_over = outcome.is_ok() && group.is_clean();
         if is_alone {
             self.alone.fetch_sub(1, Ordering::Relaxed);
         }
@@ -136,11 +138,8 @@ impl Writer {
             let shared = Error::new(ErrorKind::Unavailable, message).caused_by(failed.error.clone());
             failed.error = Arc::new(shared);
         }
-        let Group { transaction, committed, .. } = group;
-        match &outcome {
-            Ok(()) => _ = transaction.rollback().await,
-            Err(_) => give_up(transaction).await,
-        }
+        let committed = std::mem::take(&mut group.committed);
+        drop(group);
         drop(turn);
         for committed in committed {
             // Who went away does not want to know.
@@ -149,29 +148,52 @@ impl Writer {
     }
 }
 
+/// How `sqlx` begins and ends what it counts as transactions: with it a user's transaction inside of ours is a savepoint.
+type Transactions = <Sqlite as Database>::TransactionManager;
+
 impl Group {
     async fn begin(pool: &SqlitePool) -> Result<Self> {
-        let begin = pool.begin_with("BEGIN IMMEDIATE; SAVEPOINT evt_unit");
-        let mut transaction = begin.await.map_err(from_sqlx)?;
-        Sqlite::sound(&mut transaction).await?;
-        Ok(Self { transaction, committed: Vec::new(), since: Instant::now() })
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        let begin = Some("BEGIN IMMEDIATE; SAVEPOINT evt_unit".into_sql_str());
+        Transactions::begin(&mut connection, begin).await.map_err(from_sqlx)?;
+        let mut group = Self { connection, is_over: false, committed: Vec::new(), since: Instant::now() };
+        Sqlite::sound(&mut group.connection).await?;
+        Ok(group)
     }
 
-    async fn give_up(self) {
-        give_up(self.transaction).await;
+    /// Whether nothing is open on the connection, as far as `sqlx` knows.
+    fn is_clean(&self) -> bool {
+        Transactions::get_transaction_depth(&self.connection) == 0
     }
 }
 
-/// Undoes what is not committed, and gives the connection back.
-async fn give_up(mut transaction: Transaction<'static, Sqlite>) {
-    // Somebody, or a full disk, may have ended it already: see the commit.
-    _ = sqlx::raw_sql("BEGIN").execute(&mut *transaction).await;
-    _ = transaction.rollback().await;
+impl Drop for Group {
+    fn drop(&mut self) {
+        if !self.is_over {
+            self.connection.close_on_drop();
+        }
+    }
 }
 
 impl Open {
     /// Makes it part of what the group commits; returns when that is done.
-    async fn commit(mut self) -> Result<(), Uncommitted> {
+    async fn commit(self) -> Result<(), Uncommitted> {
+        self.with_group().await
+    }
+
+    /// Undoes it. Whoever was told what it read must know that it is true: if there are units before it in the group, it
+    /// returns when they are committed.
+    async fn rollback(mut self) -> Result<(), Uncommitted> {
+        // What cannot be undone by itself is undone with all of it.
+        sqlx::raw_sql("ROLLBACK TO evt_unit").execute(&mut *self.group.connection).await?;
+        if self.group.committed.is_empty() {
+            self.writer.end(self.turn, self.group).await;
+            return Ok(());
+        }
+        self.with_group().await
+    }
+
+    async fn with_group(mut self) -> Result<(), Uncommitted> {
         let (sender, committed) = oneshot::channel();
         self.group.committed.push(sender);
         self.writer.end(self.turn, self.group).await;
@@ -179,15 +201,6 @@ impl Open {
             let message = "it was rolled back with another transaction of this process";
             Err(Uncommitted::refused(Error::new(ErrorKind::Unavailable, message)))
         })
-    }
-
-    async fn rollback(mut self) -> sqlx::Result<()> {
-        match sqlx::raw_sql("ROLLBACK TO evt_unit").execute(&mut *self.group.transaction).await {
-            Ok(_) => self.writer.end(self.turn, self.group).await,
-            // What cannot be undone by itself is undone with all of it.
-            Err(_) => self.group.give_up().await,
-        }
-        Ok(())
     }
 }
 
@@ -199,7 +212,7 @@ impl Unit {
         }
     }
 
-    pub(super) async fn rollback(mut self) -> sqlx::Result<()> {
+    pub(super) async fn rollback(mut self) -> Result<(), Uncommitted> {
         match self.0.take() {
             Some(open) => open.rollback().await,
             None => Ok(()),
@@ -221,7 +234,7 @@ impl Deref for Unit {
 
     fn deref(&self) -> &SqliteConnection {
         match &self.0 {
-            Some(open) => &open.group.transaction,
+            Some(open) => &open.group.connection,
             None => unreachable!("a unit is open until it is consumed"),
         }
     }
@@ -230,7 +243,7 @@ impl Deref for Unit {
 impl DerefMut for Unit {
     fn deref_mut(&mut self) -> &mut SqliteConnection {
         match &mut self.0 {
-            Some(open) => &mut open.group.transaction,
+            Some(open) => &mut open.group.connection,
             None => unreachable!("a unit is open until it is consumed"),
         }
     }

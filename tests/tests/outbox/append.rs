@@ -263,6 +263,16 @@ pub(crate) mod postgres {
             assert_eq!(now, after);
             tx.rollback().await.unwrap();
         }
+        // One that publishes nothing may acknowledge an event.
+        for (before, after) in [("off", "on"), ("remote_apply", "remote_apply")] {
+            let options = (*cx.pool.connect_options()).clone().options([("synchronous_commit", before)]);
+            let outbox = outbox::Outbox::new(sqlx::PgPool::connect_with(options).await.unwrap());
+            let mut tx = outbox.begin().await.unwrap();
+            let now: String =
+                sqlx::query_scalar("SHOW synchronous_commit").fetch_one(&mut *tx).await.unwrap();
+            assert_eq!(now, after);
+            tx.rollback().await.unwrap();
+        }
     }
 
     #[derive(Event, serde::Serialize, serde::Deserialize)]

@@ -45,6 +45,8 @@ on_one! {
         a_commit_that_fails_is_told_to_the_one
         a_transaction_ended_by_hand_is_nobodys
         a_connection_that_does_not_sync_is_refused
+        one_inside_that_does_not_begin_leaves_nothing_open
+        what_was_read_before_a_rollback_is_true
 }
 
 /// The cases of each database.

@@ -187,3 +187,62 @@ pub(crate) async fn a_connection_that_does_not_sync_is_refused(cx: Home) {
     let refused = outbox.publish_all(&mut own, [(cx.topic.clone(), cx.event("a", 1))]).await;
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::Config);
 }
+
+/// A transaction inside of one's own that does not begin takes the outer one along, and leaves nothing open behind.
+pub(crate) async fn one_inside_that_does_not_begin_leaves_nothing_open(cx: Home) {
+    use sqlx::Connection as _;
+    cx.run("CREATE TABLE w (n INTEGER PRIMARY KEY)").await;
+    for round in 0..20 {
+        let mut tx = insert(&cx.outbox, 2 * round).await.unwrap();
+        assert!(tx.begin_with("BEGIN IMMEDIATE").await.is_err());
+        tx.publish_envelope(&cx.topic, cx.event("a", round)).unwrap();
+        assert!(tx.commit().await.is_err());
+        // One that is given up while it begins.
+        let mut tx = insert(&cx.outbox, 2 * round + 1).await.unwrap();
+        _ = tokio::time::timeout(Duration::from_micros(fastrand::u64(0..60)), tx.begin()).await;
+        _ = tx.rollback().await;
+    }
+    assert_eq!(cx.n_stored().await, 0, "an event of a transaction that is none");
+    // Every connection of the pool is free, and writes for good.
+    for n in 0..30 {
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            all.push(cx.pool.acquire().await.unwrap());
+        }
+        for connection in &mut all {
+            let began = connection.begin_with("BEGIN IMMEDIATE").await.unwrap();
+            began.rollback().await.unwrap();
+        }
+        drop(all);
+        insert(&cx.outbox, 1_000 + n).await.unwrap().commit().await.unwrap();
+    }
+    assert_eq!(cx.number("SELECT count(*) FROM w").await, 30);
+}
+
+/// What a transaction read of its neighbours before it was given up is committed when it returns.
+pub(crate) async fn what_was_read_before_a_rollback_is_true(cx: Home) {
+    cx.run("CREATE TABLE w (n INTEGER PRIMARY KEY)").await;
+    let holder = cx.outbox.begin().await.unwrap();
+    let writer = tokio::spawn({
+        let outbox = cx.outbox.clone();
+        async move { insert(&outbox, 1).await.unwrap().commit().await.unwrap() }
+    });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut readers = Vec::new();
+    for _ in 0..5 {
+        let (outbox, pool) = (cx.outbox.clone(), cx.pool.clone());
+        readers.push(tokio::spawn(async move {
+            let mut tx = outbox.begin().await.unwrap();
+            let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM w").fetch_one(&mut *tx).await.unwrap();
+            tx.rollback().await.unwrap();
+            let stored: i64 = sqlx::query_scalar("SELECT count(*) FROM w").fetch_one(&pool).await.unwrap();
+            assert!(stored >= seen, "{seen} were seen, and {stored} are stored");
+        }));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    holder.rollback().await.unwrap();
+    writer.await.unwrap();
+    for reader in readers {
+        reader.await.unwrap();
+    }
+}
