@@ -167,8 +167,13 @@ async fn checkout<D: Db>(
     State(desk): State<Desk<D>>,
 ) -> Result<Emits, Failure> {
     let UserCheckoutAccepted { order, buyer, product, quantity, amount_cents } = checkout;
-    let sql = "INSERT INTO ordering_order VALUES ($1, $2, $3, $4, $5, 'Submitted', '')";
-    tx.run(sql, &[order.into(), buyer.into(), product.into(), quantity.into(), amount_cents.into()]).await?;
+    let sql =
+        "INSERT INTO ordering_order VALUES ($1, $2, $3, $4, $5, 'Submitted', '') ON CONFLICT DO NOTHING";
+    let values = [order.into(), buyer.into(), product.into(), quantity.into(), amount_cents.into()];
+    if tx.run(sql, &values).await? == 0 {
+        // A basket that was restored from an older copy checks out again: it is told that the order is there.
+        return Ok(Emits::new().to(&desk.topics.orders, &OrderStarted { order, buyer })?);
+    }
     Ok(Emits::new()
         .to(&desk.topics.orders, &OrderStarted { order, buyer })?
         .to(&desk.topics.status, &OrderStatusChangedToSubmitted { order, buyer })?)
@@ -217,24 +222,32 @@ async fn watch<D: Db>(desk: Desk<D>) {
     }
 }
 
-/// Deadlines that are over go and are applied, each in one transaction with what follows.
+/// Deadlines that are over are applied and go, each in one transaction with what follows.
 async fn end_waits<D: Db>(desk: &Desk<D>) -> Result<(), Failure> {
     let sql = "SELECT ord, input FROM ordering_deadline WHERE due_ms <= $1 ORDER BY due_ms LIMIT $2";
-    for row in desk.look().await?.read(sql, &[now_ms().into(), BATCH.into()]).await? {
+    let over = desk.look().await?.read(sql, &[now_ms().into(), BATCH.into()]).await?;
+    for row in over {
         let (order, late): (OrderId, &str) = (row.number(0)?, row.text(1)?);
-        let input = if late == Input::PayLate.as_str() { Input::PayLate } else { Input::StockLate };
-        let mut tx = desk.begin().await?;
-        let over = "DELETE FROM ordering_deadline WHERE ord = $1 AND input = $2";
-        // Another process may have been here first.
-        if tx.run(over, &[order.into(), late.into()]).await? == 1 {
-            let emits = apply(&mut *tx, &desk.topics, order, input).await?;
-            for (topic, event) in emits.into_envelopes("/eshop") {
-                tx.publish_envelope(&topic, event)?;
-            }
+        if let Err(failure) = end_wait(desk, order, late).await {
+            // The others are not to wait for this one.
+            tracing::warn!(%failure, order, late, "a wait could not be ended; trying again");
         }
-        tx.commit().await?;
     }
     Ok(())
+}
+
+async fn end_wait<D: Db>(desk: &Desk<D>, order: OrderId, late: &str) -> Result<(), Failure> {
+    let input = if late == Input::PayLate.as_str() { Input::PayLate } else { Input::StockLate };
+    let mut tx = desk.begin().await?;
+    let over = "DELETE FROM ordering_deadline WHERE ord = $1 AND input = $2";
+    // Another process may have been here first.
+    if tx.run(over, &[order.into(), late.into()]).await? == 1 {
+        let emits = apply(&mut *tx, &desk.topics, order, input).await?;
+        for (topic, event) in emits.into_envelopes("/eshop") {
+            tx.publish_envelope(&topic, event)?;
+        }
+    }
+    Ok(tx.commit().await?)
 }
 
 /// Starts ordering.
@@ -242,10 +255,11 @@ async fn end_waits<D: Db>(desk: &Desk<D>) -> Result<(), Failure> {
 /// # Errors
 /// What the bus or the tables report.
 pub async fn start<D: Db>(bus: &Bus, desk: &Desk<D>) -> eventbus::Result<Running> {
-    // Nobody could answer while the shop was down: who waits for an answer waits its full time from now.
-    let late = now_ms().saturating_add(LATE.as_millis() as u64);
+    // Nobody could answer while the shop was down: a wait that ended meanwhile begins anew.
+    let now = now_ms();
+    let late = now.saturating_add(LATE.as_millis() as u64);
     let mut tx = desk.begin().await?;
-    tx.run("UPDATE ordering_deadline SET due_ms = $1 WHERE due_ms < $1", &[late.into()]).await?;
+    tx.run("UPDATE ordering_deadline SET due_ms = $1 WHERE due_ms < $2", &[late.into(), now.into()]).await?;
     tx.commit().await?;
     let topics = &desk.topics;
     let running = desk

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use xtask::brokers::{Broker, Kind};
 
-use crate::{lawful, summary};
+use crate::{ALONE, lawful, summary};
 
 const N_ORDERS: u64 = 600;
 /// The services of each process; the last one imports, and ends when all is settled.
@@ -60,6 +60,7 @@ fn wait_for_door(folder: &Path, services: &str) {
 }
 
 fn survives(kind: Kind) {
+    let _alone = ALONE.lock();
     let folder = tempfile::tempdir().unwrap();
     let lines: String = (1..=N_ORDERS).map(|order| format!("{order},{},x,1,2.00\n", order % 90)).collect();
     std::fs::write(folder.path().join("orders.csv"), format!("order,buyer,date,quantity,amount\n{lines}"))

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use xtask::brokers::{Broker, Kind};
 
-use crate::{lawful, summary};
+use crate::{ALONE, lawful, summary};
 
 /// Orders a second, as many as a slow machine can settle beside the restarts.
 const RATE: u64 = 40;
@@ -39,7 +39,7 @@ impl Shop {
         let said = OpenOptions::new().create(true).append(true).open(said).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_eshop"));
         command.args(["--listen", "127.0.0.1:0", "--stock", "97", "--services", services]);
-        command.args(["--bus", &self.bus, "--db", &self.db, "--lease", "2s"]);
+        command.args(["--bus", &self.bus, "--db", &self.db, "--lease", "6s"]);
         command.args(["--rate", &RATE.to_string(), "--orders"]).arg(self.folder.join("orders.csv"));
         command.env("RUST_LOG", "warn,lapin=off,eventbus::driver::handle::run=debug");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said);
@@ -75,29 +75,35 @@ impl Drop for Part {
 
 /// Lets everything die for a while; `others` are what does not end by itself.
 fn everything_dies(bus: String, db: String, folder: &Path, mut others: Vec<Broker>) {
+    let _alone = ALONE.lock();
     let seed = std::env::var("CHAOS_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed: u64 = seed.unwrap_or_else(|| u64::from(std::process::id()));
     println!("CHAOS_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    let n_orders = RATE * (seconds() + 10);
+    let n_orders = RATE * (seconds() + 15);
     let lines: String = (1..=n_orders).map(|order| format!("{order},{},x,1,2.00\n", order % 90)).collect();
     std::fs::write(folder.join("orders.csv"), format!("order,buyer,date,quantity,amount\n{lines}")).unwrap();
     let shop = Shop { folder: folder.to_owned(), bus, db };
     let mut parts: Vec<Part> = GROUPS.map(|services| shop.start(services)).into();
     let end = Instant::now() + Duration::from_secs(seconds());
     let (mut killed, mut restarted) = (0, 0);
-    let mut next_of_others = Instant::now() + Duration::from_secs(6);
-    while Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(random.u64(300..2_500)));
-        if !others.is_empty() && Instant::now() > next_of_others {
-            let n_others = others.len();
-            others[random.usize(..n_others)].restart().unwrap();
+    // Everything dies once before anything dies again.
+    let mut deck: Vec<usize> = Vec::new();
+    let mut n_rounds = 0;
+    while Instant::now() < end || n_rounds < 1 || !deck.is_empty() {
+        if deck.is_empty() {
+            deck = (0..parts.len() + others.len()).collect();
+            random.shuffle(&mut deck);
+            n_rounds += 1;
+        }
+        std::thread::sleep(Duration::from_millis(random.u64(300..2_000)));
+        let Some(next) = deck.pop() else { continue };
+        if let Some(other) = next.checked_sub(parts.len()) {
+            others[other].restart().unwrap();
             restarted += 1;
-            next_of_others = Instant::now() + Duration::from_secs(random.u64(8..15));
             continue;
         }
-        let n_parts = parts.len();
-        let part = &mut parts[random.usize(..n_parts)];
+        let part = &mut parts[next];
         if let Some(status) = part.child.try_wait().unwrap() {
             panic!("{} ended by itself ({status}):\n{}", part.services, part.last_words());
         }
@@ -128,7 +134,9 @@ fn everything_dies(bus: String, db: String, folder: &Path, mut others: Vec<Broke
     let passed_over = said.matches("handled before").count();
     println!("{killed} processes killed, {restarted} others; {passed_over} passed over; {account}");
     lawful(&account, n_orders);
-    assert!(killed >= 3 && passed_over > 0, "{killed} killed, {passed_over} passed over");
+    assert!(killed >= GROUPS.len() && restarted >= others.len(), "{killed} killed, {restarted} restarted");
+    // In a short run nothing need be done twice.
+    assert!(passed_over > 0 || seconds() < 60, "nothing was passed over");
 }
 
 #[test]

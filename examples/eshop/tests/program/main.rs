@@ -10,6 +10,9 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+/// One at a time: each has a broker and five processes of its own.
+static ALONE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+
 fn eshop(folder: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_eshop"));
     let bus = format!("sqlite://{}/eshop.db", folder.display());
