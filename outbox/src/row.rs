@@ -132,6 +132,28 @@ impl Stored<'_> {
 }
 
 impl Pending {
+    /// An event at its place, as a store reads it that was not yet tried.
+    pub fn new(id: RowId, shard: Shard, topic: Topic, event: Envelope) -> Self {
+        let event_id = dedup_id(&event);
+        let key = event.key().map_or_else(|| Bytes::copy_from_slice(event_id.as_bytes()), Key::to_bytes);
+        Self {
+            id,
+            shard,
+            event_id,
+            topic: topic.to_string(),
+            key,
+            size_bytes: event.size_bytes(),
+            event: Ok((topic, event)),
+            attempts: 0,
+        }
+    }
+
+    /// Sets how often it was tried in vain.
+    #[must_use]
+    pub fn with_attempts(self, attempts: u32) -> Self {
+        Self { attempts, ..self }
+    }
+
     /// The id under which the event is published.
     pub fn published_id(&self) -> EventId {
         match &self.event {

@@ -124,7 +124,8 @@ pub trait Store: Debug + Send + Sync + 'static {
         published: &[(Shard, RowId)],
     ) -> Result<Vec<Shard>>;
 
-    /// Notes keys that are blocked, in place of what is noted of them.
+    /// Notes keys that are blocked, in place of what is noted of them; but for those whose event is gone: a note that comes
+    /// late (the relay did not wait for it any more, and did it again) blocks nothing.
     ///
     /// # Errors
     /// Transient.

@@ -107,7 +107,8 @@ impl Sql {
                 SELECT shard FROM owned")),
             block: sql(&format!("{OWNED}, {KEYS}
                 INSERT INTO evt.outbox_blocked
-                SELECT shard, topic, key, head_id, attempts, may_pass, clock_timestamp() + retry_in * interval '1 s', error FROM keys
+                SELECT shard, topic, key, head_id, attempts, may_pass, clock_timestamp() + retry_in * interval '1 s', error FROM keys k
+                WHERE EXISTS (SELECT 1 FROM evt.outbox o WHERE o.shard = k.shard AND o.id = k.head_id)
                 ON CONFLICT (shard, topic, key) DO UPDATE SET head_id = excluded.head_id, attempts = excluded.attempts,
                   may_pass = excluded.may_pass, retry_at = excluded.retry_at, error = excluded.error")),
             park: sql(&format!("{OWNED}, {KEYS},

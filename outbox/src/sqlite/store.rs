@@ -94,7 +94,8 @@ impl Sql {
                 AND shard IN (SELECT value FROM json_each(?2))"),
             free: sql("DELETE FROM evt_outbox_blocked WHERE head_id IN (SELECT value FROM json_each(?1))
                 AND shard IN (SELECT value FROM json_each(?2))"),
-            block: sql("INSERT OR REPLACE INTO evt_outbox_blocked VALUES (?, ?, ?, ?, ?, ?, ?, ?)"),
+            block: sql("INSERT OR REPLACE INTO evt_outbox_blocked SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
+                WHERE EXISTS (SELECT 1 FROM evt_outbox WHERE id = ?4 AND shard = ?1)"),
             park: sql("INSERT OR REPLACE INTO evt_outbox_parked (id, shard, event_id, topic, key, has_key, size, created_at, attempts, error, head, payload)
                 SELECT id, shard, event_id, topic, key, has_key, size, created_at, ?2, ?3, head, payload FROM evt_outbox WHERE id = ?1"),
             parked: sql("DELETE FROM evt_outbox WHERE id = ?"),

@@ -98,6 +98,7 @@ on_each! {
         relays_share_the_work
         a_relay_that_dies_is_replaced
         a_relay_that_lost_its_lease_changes_nothing
+        a_note_that_comes_late_blocks_nothing
         a_relay_that_stops_leaves_nothing_behind
         numbers_ascend_along_each_key
         the_identity_stays;

@@ -243,6 +243,25 @@ pub(crate) async fn a_relay_that_lost_its_lease_changes_nothing<Db: Home>(cx: Cx
     store.close().await;
 }
 
+pub(crate) async fn a_note_that_comes_late_blocks_nothing<Db: Home>(cx: Cx<Db>) {
+    cx.publish("a", 1).await;
+    let (store, lease) = (cx.store().await, Duration::from_secs(60));
+    let owned = store.lease("relay", lease).await.unwrap().shards;
+    let claim = outbox::Claim::new(owned.iter().map(|(shard, _)| *shard).collect(), 10, 1 << 20);
+    let pending = store.claim(&claim).await.unwrap().remove(0);
+    let blocked = outbox::Blocked::new(&pending, 1, lease, "its answer was late");
+    let note = std::slice::from_ref(&blocked);
+    store.block("relay", &owned, note).await.unwrap();
+    assert_eq!(cx.number("SELECT count(*) FROM EVToutbox_blocked").await, 1);
+    // It was published at another try. Then the statement that was given up runs in the server.
+    store.settle("relay", &owned, &[(pending.shard, pending.id)]).await.unwrap();
+    store.block("relay", &owned, note).await.unwrap();
+    assert_eq!(cx.number("SELECT count(*) FROM EVToutbox_blocked").await, 0);
+    cx.publish("a", 2).await;
+    assert_eq!(store.claim(&claim).await.unwrap().len(), 1, "the key waits for nothing");
+    store.close().await;
+}
+
 pub(crate) async fn a_relay_that_stops_leaves_nothing_behind<Db: Home>(cx: Cx<Db>) {
     cx.broker.answers_after(Duration::from_millis(50));
     let relay = cx.relay().await;
