@@ -5,6 +5,7 @@
 //! `cargo xtask bench` runs the paired benchmarks and prints their table; with an argument, lines that hold it.
 //! `cargo xtask matrix` runs the suite on several versions of each broker, and writes their table.
 //! `cargo xtask torture` has processes killed, stopped and cut off on one bus, and checks what came of it.
+//! `cargo xtask simulate` has outbox, relays and services run on virtual time with every fault, one history a seed.
 //! `cargo xtask conformance URL` runs the suite on a transport and prints its capabilities; with `--readme`
 //! it writes what the transports of this workspace claim into the README.
 
@@ -21,6 +22,7 @@ const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask conformance URL
        cargo xtask matrix [KIND ...]
        cargo xtask torture KIND|URL [--seconds N] [--seed S] [--bug NAME]
+       cargo xtask simulate [--seeds N] [--seed S] [--bugs] [--help]
        cargo xtask conformance --readme";
 
 fn main() -> ExitCode {
@@ -55,6 +57,10 @@ fn main() -> ExitCode {
         Some(("torture", rest)) => {
             let torture = ["run", "--quiet", "--package", "eventbus-tests", "--bin", "torture", "--"];
             cargo().args(torture).args(rest).status().map(|status| status.success())
+        }
+        Some(("simulate", rest)) => {
+            let simulation = ["run", "--quiet", "--release", "--package", "eventbus-simulation", "--"];
+            cargo().args(simulation).args(rest).status().map(|status| status.success())
         }
         _ => {
             eprintln!("{USAGE}");
@@ -125,6 +131,11 @@ fn cargo() -> Command {
 fn test(arguments: &[String]) -> std::io::Result<bool> {
     let mut cargo = cargo();
     cargo.args(["test", "--workspace", "--no-fail-fast"]).args(arguments).stdout(Stdio::piped());
+    // Most of them wait for something.
+    if std::env::var_os("RUST_TEST_THREADS").is_none() {
+        let n_threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get) + 1;
+        cargo.env("RUST_TEST_THREADS", n_threads.to_string());
+    }
     if let Err(problem) = xtask::clients::openssl() {
         println!("openssl: {problem}");
     }
