@@ -5,6 +5,11 @@ use std::fmt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::base::Noted;
+
+/// How a panic is told.
+const PANIC: &str = "panicked at";
+
 /// Of each sort of violation so many are shown.
 const SHOWN: usize = 5;
 
@@ -16,7 +21,10 @@ pub(crate) struct Report {
     n_handled: u64,
     n_repeated: u64,
     longest_gap_ms: u64,
-    /// By what they are: order, loss, ghost, panic, end.
+    /// Over an outbox: events in the topic, and how long the end took.
+    pub(crate) n_published: u64,
+    pub(crate) drained_ms: u64,
+    /// By what they are: order, loss, ghost, twice, panic, end, memory, secret.
     violations: BTreeMap<&'static str, Vec<String>>,
 }
 
@@ -36,7 +44,12 @@ impl fmt::Display for Report {
         writeln!(f, "faults      {}", faults.join(", "))?;
         writeln!(f, "confirmed   {}", self.n_confirmed)?;
         writeln!(f, "handled     {}, {} of them again", self.n_handled, self.n_repeated)?;
-        writeln!(f, "longest gap {} ms without an effect", self.longest_gap_ms)?;
+        if self.n_published > 0 {
+            writeln!(f, "published   {}", self.n_published)?;
+            writeln!(f, "drained     in {} ms", self.drained_ms)?;
+        } else {
+            writeln!(f, "longest gap {} ms without an effect", self.longest_gap_ms)?;
+        }
         for (what, violations) in &self.violations {
             writeln!(f, "VIOLATIONS  {what}: {}", violations.len())?;
             for violation in violations.iter().take(SHOWN) {
@@ -81,15 +94,15 @@ fn effects(folder: &Path) -> Result<Vec<(u64, String, u64)>, String> {
     lines.lines().map(|line| read(line).ok_or_else(|| format!("a torn line: {line}"))).collect()
 }
 
-/// What the logs of the processes say of panics.
-fn panics(folder: &Path) -> Result<Vec<(String, String)>, String> {
+/// What the logs of the processes say with a word in it.
+fn said(folder: &Path, word: &str) -> Result<Vec<(String, String)>, String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|error| error.to_string())?.filter_map(Result::ok) {
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.ends_with(".log") {
             let said = std::fs::read(entry.path()).map_err(|error| error.to_string())?;
             let said = String::from_utf8_lossy(&said).into_owned();
-            let lines = said.lines().filter(|line| line.contains("panicked at"));
+            let lines = said.lines().filter(|line| line.contains(word));
             found.extend(lines.map(|line| (name.clone(), line.to_owned())));
         }
     }
@@ -141,11 +154,62 @@ pub(crate) fn draw_up(folder: &Path, n_producers: usize, mut report: Report) -> 
             report.violated("loss", format!("{key} ends at {seen}, and {end} were confirmed"));
         }
     }
-    for (log, line) in panics(folder)? {
+    for (log, line) in said(folder, PANIC)? {
         report.violated("panic", format!("{log}: {line}"));
     }
     if report.n_confirmed == 0 {
         report.violated("proof", "nothing was confirmed: the run proved nothing".to_owned());
+    }
+    Ok(report)
+}
+
+/// Compares what was committed with its effects, both in their order: each once, with the token that was committed, in the
+/// order of its key; and what the processes said.
+pub(crate) fn of_ledger(
+    folder: &Path,
+    committed: &[Noted],
+    effects: &[Noted],
+    canary: &str,
+    mut report: Report,
+) -> Result<Report, String> {
+    let mut tokens: HashMap<(&str, i64), &str> = HashMap::new();
+    for (key, n, token) in committed {
+        if tokens.insert((key, *n), token).is_some() {
+            return Err(format!("{key} {n} was committed twice: the run itself is wrong"));
+        }
+    }
+    let mut next: HashMap<&str, i64> = HashMap::new();
+    let mut had: BTreeSet<(&str, i64)> = BTreeSet::new();
+    for (key, n, token) in effects {
+        match tokens.get(&(key.as_str(), *n)) {
+            Some(committed) if *committed == token.as_str() => {}
+            _ => report.violated("ghost", format!("{key} {n} with the token {token} was never committed")),
+        }
+        if !had.insert((key.as_str(), *n)) {
+            report.n_repeated += 1;
+            report.violated("twice", format!("{key} {n} had its effect again"));
+            continue;
+        }
+        let due = next.entry(key.as_str()).or_default();
+        if n != due {
+            report.violated("order", format!("{key} {n} had its effect when {due} was due"));
+        }
+        *due = n + 1;
+    }
+    for (key, n, _) in committed {
+        if !had.contains(&(key.as_str(), *n)) {
+            report.violated("loss", format!("{key} {n} has no effect"));
+        }
+    }
+    (report.n_confirmed, report.n_handled) = (committed.len() as u64, effects.len() as u64);
+    for (log, line) in said(folder, PANIC)? {
+        report.violated("panic", format!("{log}: {line}"));
+    }
+    for (log, line) in said(folder, canary)? {
+        report.violated("secret", format!("{log}: {line}"));
+    }
+    if committed.is_empty() {
+        report.violated("proof", "nothing was committed: the run proved nothing".to_owned());
     }
     Ok(report)
 }

@@ -24,10 +24,14 @@ pub(crate) enum Bug {
     Panics,
     /// A producer does not come to an end.
     NeverEnds,
+    /// A writer publishes after its commit, without an outbox.
+    AfterCommit,
+    /// A consumer does not remember what it handled.
+    NoInbox,
 }
 
 impl Bug {
-    const ALL: [(&'static str, Self); 8] = [
+    const ALL: [(&'static str, Self); 10] = [
         ("none", Self::None),
         ("ack-early", Self::AckEarly),
         ("past-a-hole", Self::PastAHole),
@@ -36,6 +40,8 @@ impl Bug {
         ("parked-forgotten", Self::ParkedForgotten),
         ("panics", Self::Panics),
         ("never-ends", Self::NeverEnds),
+        ("after-commit", Self::AfterCommit),
+        ("no-inbox", Self::NoInbox),
     ];
 
     pub(crate) fn parse(name: &str) -> Result<Self, String> {

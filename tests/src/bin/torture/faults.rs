@@ -16,21 +16,21 @@ const N_CONSUMERS: usize = 3;
 /// Silence after which a consumer loses what it has.
 const SESSION: Duration = Duration::from_secs(2);
 /// How long producers may take for their last round when nothing disturbs any more.
-const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 /// Consumers that handled nothing new for so long will not bring what is left.
-const STILL: Duration = Duration::from_secs(30);
+pub(crate) const STILL: Duration = Duration::from_secs(30);
 /// How often the broker is killed.
 const RESTART_EVERY: u64 = 20;
 
 /// A process and what it was started with.
-struct Role {
-    child: Child,
+pub(crate) struct Role {
+    pub(crate) child: Child,
     arguments: Vec<String>,
-    name: String,
+    pub(crate) name: String,
 }
 
 impl Role {
-    fn start(folder: &Path, name: String, arguments: Vec<String>) -> Result<Self, String> {
+    pub(crate) fn start(folder: &Path, name: String, arguments: Vec<String>) -> Result<Self, String> {
         let said =
             std::fs::OpenOptions::new().create(true).append(true).open(folder.join(format!("{name}.log")));
         let said = said.map_err(|error| error.to_string())?;
@@ -40,7 +40,7 @@ impl Role {
         Ok(Self { child: child.map_err(|error| error.to_string())?, arguments, name })
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
         if !sent.is_ok_and(|status| status.success()) {
             println!("{} could not be sent {signal}", self.name);
@@ -48,15 +48,22 @@ impl Role {
     }
 
     /// Starts it again; it must be over.
-    fn again(&mut self, folder: &Path) -> Result<(), String> {
+    pub(crate) fn again(&mut self, folder: &Path) -> Result<(), String> {
         drop(self.child.wait());
         *self = Self::start(folder, self.name.clone(), self.arguments.clone())?;
         Ok(())
     }
 
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+
+    /// The most memory that it had, where the system says so.
+    pub(crate) fn memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -68,13 +75,13 @@ impl Drop for Role {
 }
 
 /// The bus under torture: a broker of its own behind a wire, or an address.
-struct Target {
-    url: String,
-    own: Option<(Broker, Proxy)>,
+pub(crate) struct Target {
+    pub(crate) url: String,
+    pub(crate) own: Option<(Broker, Proxy)>,
 }
 
 impl Target {
-    fn open(name: &str) -> Result<Self, String> {
+    pub(crate) fn open(name: &str) -> Result<Self, String> {
         let kind = Kind::ALL.into_iter().find(|kind| kind.name() == name);
         let options = |url: &str| {
             let mark = if url.contains('?') { '&' } else { '?' };
@@ -174,7 +181,7 @@ pub(crate) fn run(
 }
 
 /// Has the wire in a state for some milliseconds.
-fn disturb_wire(proxy: &Proxy, wire: Wire, millis: u64) {
+pub(crate) fn disturb_wire(proxy: &Proxy, wire: Wire, millis: u64) {
     proxy.set(wire);
     std::thread::sleep(Duration::from_millis(millis));
     proxy.set(Wire::Whole);

@@ -20,10 +20,10 @@ use crate::bugs::{Bug, Planted};
 pub(crate) const N_PRODUCERS: usize = 4;
 pub(crate) const KEYS_EACH: usize = 50;
 /// One in so many runs of a handler fails.
-const FAILS_ONE_IN: u32 = 20;
+pub(crate) const FAILS_ONE_IN: u32 = 20;
 /// Between two rounds of a producer.
 const PACE: Duration = Duration::from_millis(25);
-const AGAIN: Duration = Duration::from_millis(100);
+pub(crate) const AGAIN: Duration = Duration::from_millis(100);
 
 pub(crate) struct Place {
     pub(crate) url: String,
@@ -31,17 +31,29 @@ pub(crate) struct Place {
     pub(crate) folder: PathBuf,
     pub(crate) id: usize,
     pub(crate) bug: Bug,
+    /// The database of a run over an outbox.
+    pub(crate) db: String,
 }
 
 #[derive(Debug, Clone, Event, serde::Serialize, serde::Deserialize)]
 #[event(type = "torture.step", version = 1, key = key)]
-struct Step {
-    key: String,
-    n: u64,
+pub(crate) struct Step {
+    pub(crate) key: String,
+    pub(crate) n: u64,
+    /// Tells attempts for one number apart, of which only one is committed.
+    #[serde(default)]
+    pub(crate) token: String,
+}
+
+impl Step {
+    pub(crate) fn new(key: String, n: i64) -> Self {
+        let token = format!("{:016x}", fastrand::u64(..));
+        Self { key, n: n.unsigned_abs(), token }
+    }
 }
 
 impl Place {
-    fn topic(&self) -> eventbus::Result<Topic> {
+    pub(crate) fn topic(&self) -> eventbus::Result<Topic> {
         Topic::new(self.topic.clone())
     }
 
@@ -54,11 +66,11 @@ impl Place {
     }
 
     /// Whether everybody should come to an end.
-    fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.folder.join("over").exists()
     }
 
-    async fn connect(&self) -> eventbus::Result<Bus> {
+    pub(crate) async fn connect(&self) -> eventbus::Result<Bus> {
         loop {
             match eventbus::connect(&self.url).await {
                 Err(error) if error.is_retryable() => tokio::time::sleep(AGAIN).await,
@@ -89,7 +101,7 @@ pub(crate) async fn produce(place: &Place) -> eventbus::Result<()> {
         let mut steps = Vec::new();
         for at in 0..KEYS_EACH {
             let key = format!("p{}k{at}", place.id);
-            let step = Step { n: *next.entry(key.clone()).or_default(), key };
+            let step = Step { n: *next.entry(key.clone()).or_default(), key, token: String::new() };
             let id = EventId::parse(&format!("{}-{}", step.key, step.n));
             batch.push(Envelope::of(&step, "/torture")?.with_id(id));
             steps.push(step);
