@@ -91,7 +91,15 @@ fn the_first_commands_work_as_printed() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path().display().to_string();
     // In a folder of its own and at a free door, so that a shop that is open already is not disturbed.
-    let local = |command: &str| command.replace("sqlite://eshop", &format!("sqlite://{here}/eshop"));
+    // The tool is the one that the tests of the whole workspace built: with its default features alone it would be
+    // built once more, and over that one.
+    let tool =
+        std::env::current_exe().unwrap().parent().unwrap().with_file_name("eventctl").display().to_string();
+    let local = |command: &str| {
+        command
+            .replace("cargo run -q -p eventctl --", &tool)
+            .replace("sqlite://eshop", &format!("sqlite://{here}/eshop"))
+    };
     let arguments = format!("{} -- --listen 127.0.0.1:0 --bus sqlite://{here}/eshop.db", run.trim());
     let mut shop = Command::new("bash")
         .args(["-c", &format!("exec {arguments}")])
@@ -118,17 +126,11 @@ fn the_first_commands_work_as_printed() {
             )
         })
         .collect();
-    // Those commands built the program with its default features, over the one that the tests of the whole workspace
-    // use, which has every transport.
-    let restored = Command::new("cargo")
-        .args(["build", "--quiet", "--workspace", "--bins"])
-        .current_dir(root())
-        .status();
-    assert!(restored.unwrap().success());
     drop(shop.kill());
     shop.wait().unwrap();
     assert!(missing.is_empty(), "the README prints what was not seen: {missing:#?}\nseen: {seen:#?}");
     for (line, output) in looked {
+        assert!(line.contains("cargo run -q -p eventctl -- "), "{line}: nobody runs it");
         assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }
