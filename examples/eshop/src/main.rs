@@ -126,7 +126,7 @@ async fn run_on<D: Db>(options: Options, db: &str) -> eventbus::Result<ExitCode>
     }
     let listener = http::bind(options.listen).await?;
     let door = listener.local_addr().unwrap_or(options.listen);
-    let bus = eventbus::connect(&options.bus).await?.with_source("/eshop");
+    let bus = patiently(async || eventbus::connect(&options.bus).await).await?.with_source("/eshop");
     let shop = Arc::new(patiently(async || Shop::<D>::open(db, options.grace).await).await?);
     let topics = Topics::new()?;
     patiently(async || declare(&bus, &topics).await).await?;
