@@ -136,7 +136,7 @@ mutants! {
 }
 
 /// Cases that no running transport can fail: the compiler decides them, as
-/// `tests/ui/not_sendable.rs` proves.
+/// `tests/ui/tests/ui/not_sendable.rs` proves.
 pub const DECIDED_BY_THE_COMPILER: &[&str] = &["A5"];
 
 /// Stores with a fault, and the case that must find it.

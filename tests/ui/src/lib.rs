@@ -1,0 +1,1 @@
+//! Wrong programs, in `tests/ui`: what they are built with.
