@@ -2,11 +2,13 @@
 
 mod audit;
 mod chain;
+mod compare;
 mod context;
 mod dlq;
 mod doctor;
 mod exit;
 mod held;
+mod inbox;
 mod inspect;
 mod jq;
 mod listing;
@@ -18,6 +20,7 @@ mod range;
 mod reader;
 mod record;
 mod replay;
+mod store;
 mod tail;
 mod time;
 mod topic;
@@ -120,6 +123,8 @@ enum Command {
     Dlq(dlq::Dlq),
     Topic(topic::TopicCommand),
     Outbox(outbox::OutboxCommand),
+    Inbox(inbox::InboxCommand),
+    Audit(compare::Audit),
     Doctor(doctor::Doctor),
     Context(context::ContextCommand),
     /// Writes a completion script.
@@ -216,13 +221,23 @@ async fn run(cli: &Cli) -> Outcome {
         _ => false,
     };
     let care = || Care { confirm: cli.confirm.clone(), no_input: cli.no_input, dry_run: cli.dry_run };
-    if let Command::Outbox(command) = &cli.command
-        && !command.relays()
-    {
-        // A store that is named needs no bus beside it.
+    // A store that is named needs no bus beside it.
+    let gate = |is_named: bool| {
         let found = config.find(cli.context.as_deref());
-        let (name, context) = if command.names_store() { found.unwrap_or_default() } else { found? };
-        return outbox::run(command, &Gate { name, context, care: care() }, None, &mut out).await;
+        let (name, context) = if is_named { found.unwrap_or_default() } else { found? };
+        Ok::<_, Failure>(Gate { name, context, care: care() })
+    };
+    match &cli.command {
+        Command::Outbox(command) if !command.relays() => {
+            return outbox::run(command, &gate(command.names_store())?, None, &mut out).await;
+        }
+        Command::Inbox(command) => return inbox::run(command, &gate(command.names_store())?, &mut out).await,
+        Command::Publish(publish) if publish.via_outbox => {
+            let gate = gate(publish.store.is_named())?;
+            let to = publish::To::Outbox(publish.store.open(&gate).await?);
+            return publish::run(&gate, to, publish, &mut out, cli.quiet, cli.progress()).await;
+        }
+        _ => {}
     }
     let (name, context) = config.find(cli.context.as_deref())?;
     let session = {
@@ -231,7 +246,8 @@ async fn run(cli: &Cli) -> Outcome {
     };
     let outcome = match &cli.command {
         Command::Publish(publish) => {
-            publish::run(&session, publish, &mut out, cli.quiet, cli.progress()).await
+            let to = publish::To::Bus(&session.bus);
+            publish::run(&session, to, publish, &mut out, cli.quiet, cli.progress()).await
         }
         Command::Tail(tail) => tail::run(&session, tail, cli.time, &mut out).await,
         Command::Inspect(inspect) => inspect::run(&session, inspect, &mut out).await,
@@ -240,8 +256,9 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
         Command::Outbox(command) => outbox::run(command, &session, Some(&session), &mut out).await,
+        Command::Audit(audit) => compare::run(&session, audit, &mut out).await,
         Command::Doctor(doctor) => doctor::run(&session, doctor, &mut out).await,
-        Command::Context(_) | Command::Completions { .. } | Command::Version => Ok(()),
+        Command::Inbox(_) | Command::Context(_) | Command::Completions { .. } | Command::Version => Ok(()),
     };
     let closed = session.bus.close().await;
     outcome?;

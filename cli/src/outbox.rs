@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use eventbus::Topic;
-use outbox::{AnyOutbox, Entry, Namespace, Operator, Options, Permanent, RowId, Which};
+use outbox::{AnyOutbox, Entry, Operator, Permanent, RowId, Which};
 use serde_json::{Map, Value, json};
 
 use crate::context::{Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
 use crate::range;
+use crate::store::Store;
 
 /// Looks into an outbox and frees what is stuck, while programs use it.
 ///
@@ -23,12 +24,8 @@ use crate::range;
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct OutboxCommand {
-    /// The database: postgres://user@host/database, or sqlite://file.db.
-    #[arg(long, value_name = "URL", env = "EVENTCTL_STORE", hide_env_values = true)]
-    store: Option<String>,
-    /// The schema (PostgreSQL) or the prefix of the tables (SQLite).
-    #[arg(long, value_name = "NAME", default_value = "evt")]
-    namespace: String,
+    #[command(flatten)]
+    store: Store,
     #[command(subcommand)]
     what: What,
 }
@@ -152,6 +149,23 @@ enum What {
         /// Its number.
         id: i64,
     },
+    /// Removes events that were set aside and are old. Without --execute it shows how many they are.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db outbox purge --older-than 7d
+    ///   eventctl -c sqlite://shop.db outbox purge --older-than 7d --topic orders --execute
+    #[command(verbatim_doc_comment)]
+    Purge {
+        /// How old at least.
+        #[arg(long, value_name = "DURATION", value_parser = range::duration)]
+        older_than: Duration,
+        /// Only of this topic.
+        #[arg(long)]
+        topic: Option<Topic>,
+        /// Does it.
+        #[arg(long)]
+        execute: bool,
+    },
 }
 
 impl OutboxCommand {
@@ -162,22 +176,7 @@ impl OutboxCommand {
 
     /// Whether the command line says where the outbox is.
     pub(crate) fn names_store(&self) -> bool {
-        self.store.is_some()
-    }
-
-    async fn open(&self, gate: &Gate) -> Outcome<AnyOutbox> {
-        let bus = Some(gate.context.url.as_str()).filter(|url| !url.is_empty());
-        let bus = bus.and_then(|url| url.split('?').next());
-        let url = self.store.as_deref().or(gate.context.outbox.as_deref()).or(bus).ok_or_else(|| {
-            Failure::Usage("no outbox: give --store with its database, or -c with a context".into())
-        })?;
-        let options = Options::default().with_namespace(Namespace::new(&self.namespace)?);
-        let outbox = AnyOutbox::open(url, options).await.map_err(|error| match error.kind() {
-            eventbus::ErrorKind::Config | eventbus::ErrorKind::Unsupported => error.into(),
-            _ => Failure::Connect(error.to_string()),
-        })?;
-        outbox.verify().await?;
-        Ok(outbox)
+        self.store.is_named()
     }
 }
 
@@ -188,7 +187,7 @@ fn shown(entry: &Entry) -> Map<String, Value> {
 }
 
 /// A key as text where it is text.
-fn readable(hex: &str) -> String {
+pub(crate) fn readable(hex: &str) -> String {
     let bytes: Vec<u8> = (0..hex.len())
         .step_by(2)
         .filter_map(|at| hex.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok()))
@@ -257,7 +256,7 @@ pub(crate) async fn run(
     session: Option<&Session>,
     out: &mut Out,
 ) -> Outcome {
-    let outbox = command.open(gate).await?;
+    let outbox = command.store.open(gate).await?;
     let operator = outbox.operator();
     let missing = |what: &str, id: i64| Failure::NotFound(format!("there is no event {id} that {what}"));
     match &command.what {
@@ -335,6 +334,17 @@ pub(crate) async fn run(
                 true => say!("{id} is back in its place"),
                 false => return Err(missing("was set aside", *id)),
             }
+            Ok(())
+        }
+        What::Purge { older_than, topic, execute } => {
+            let (topic, older_than) = (topic.as_ref(), *older_than);
+            if !execute || gate.care.dry_run {
+                let n = operator.entries(Which::Parked, topic, older_than, u32::MAX).await?.len();
+                say!("{n} events that were set aside would be removed; --execute does it");
+                return Ok(());
+            }
+            gate.may_write()?;
+            say!("{} events that were set aside are gone", operator.purge(topic, older_than).await?);
             Ok(())
         }
         What::Skip { id } => {

@@ -5,15 +5,17 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use eventbus::{Envelope, EventId, Topic};
+use eventbus::{Bus, Envelope, EventId, Topic};
+use outbox::AnyOutbox;
 use serde_json::{Value, json};
 
-use crate::context::Session;
+use crate::context::Gate;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::say;
 use crate::progress::{Progress, Style};
 use crate::record;
+use crate::store::Store;
 
 /// How input is cut into events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -44,6 +46,7 @@ pub(crate) enum OnError {
 /// Examples:
 ///   eventctl -c sqlite://shop.db publish orders '{"id":7}' --type shop.order.placed -k 7
 ///   eventctl -c A tail T --from start --until-end -o jsonl --full | eventctl -c B publish T2 - --input envelope
+///   eventctl publish orders '{"id":7}' --via-outbox --store postgres://me@db/shop
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Publish {
@@ -105,6 +108,12 @@ pub(crate) struct Publish {
     /// What a line does that cannot be read.
     #[arg(long, value_enum, default_value = "stop")]
     pub on_error: OnError,
+    /// Commits the events to the outbox instead, those of a window in one transaction, and does not ask for the bus: a relay
+    /// publishes them.
+    #[arg(long, conflicts_with = "report")]
+    pub via_outbox: bool,
+    #[command(flatten, next_help_heading = "With --via-outbox")]
+    pub store: Store,
     /// Writes a receipt for each event to standard output.
     #[arg(long, value_name = "jsonl", value_parser = ["jsonl"])]
     pub report: Option<String>,
@@ -207,18 +216,25 @@ impl Publish {
     }
 }
 
+/// Where events go.
+pub(crate) enum To<'a> {
+    Bus(&'a Bus),
+    Outbox(AnyOutbox),
+}
+
 /// Runs the command.
 ///
 /// # Errors
 /// Partial: some events were stored and others were not.
 pub(crate) async fn run(
-    session: &Session,
+    gate: &Gate,
+    to: To<'_>,
     publish: &Publish,
     out: &mut Out,
     quiet: bool,
     progress: Style,
 ) -> Outcome {
-    let dry_run = match session.may_write() {
+    let dry_run = match gate.may_write() {
         Err(Failure::DryRun) => true,
         allowed => {
             allowed?;
@@ -226,7 +242,7 @@ pub(crate) async fn run(
         }
     };
     let reports = publish.report.is_some();
-    let mut sender = Sender { session, publish, out, quiet, reports, dry_run, n_stored: 0, n_failed: 0 };
+    let mut sender = Sender { to, publish, out, quiet, reports, dry_run, n_stored: 0, n_failed: 0 };
     let mut n_skipped = 0;
     if publish.count.is_some() || publish.duration.is_some() {
         repeat(&mut sender, publish, progress).await?;
@@ -336,7 +352,7 @@ fn on_thread<T: Send + 'static>(
 }
 
 struct Sender<'a> {
-    session: &'a Session,
+    to: To<'a>,
     publish: &'a Publish,
     out: &'a mut Out,
     quiet: bool,
@@ -354,7 +370,10 @@ impl Sender<'_> {
         }
         let topic = &self.publish.dest;
         if self.dry_run {
-            let max_bytes = self.session.bus.transport().capabilities().max_event_bytes.unwrap_or(usize::MAX);
+            let max_bytes = match &self.to {
+                To::Bus(bus) => bus.transport().capabilities().max_event_bytes.unwrap_or(usize::MAX),
+                To::Outbox(_) => outbox::Options::default().max_event_bytes,
+            };
             for event in batch {
                 let id = event.id().clone();
                 match event.admit(max_bytes) {
@@ -372,7 +391,27 @@ impl Sender<'_> {
             .iter()
             .map(|event| (event.id().clone(), event.payload().map_or(0, bytes::Bytes::len)))
             .collect();
-        let publisher = self.session.bus.transport().publisher().await?;
+        let bus = match &self.to {
+            To::Bus(bus) => bus,
+            To::Outbox(outbox) => {
+                let events = batch.into_iter().map(|event| (topic.clone(), event)).collect();
+                match outbox.publish(events).await {
+                    Ok(()) => {
+                        self.n_stored += told.len();
+                        if !self.quiet {
+                            say!("committed {} for {topic}: a relay publishes them", told.len());
+                        }
+                    }
+                    // All of them are committed, or none is.
+                    Err(error) => {
+                        self.n_failed += told.len();
+                        say!("eventctl: {} events: {error}", told.len());
+                    }
+                }
+                return Ok(());
+            }
+        };
+        let publisher = bus.transport().publisher().await?;
         let outcomes = publisher.enqueue(topic, batch).await?.await;
         let single = told.len() == 1;
         for ((id, size), outcome) in told.into_iter().zip(outcomes) {

@@ -8,6 +8,7 @@ use eventbus::{Envelope, Error, ErrorKind, Result, Topic};
 
 use crate::operator::Operator;
 use crate::outbox::{Options, Outbox};
+use crate::recall::InboxOperator;
 use crate::relay::Relay;
 
 /// An outbox whose database is known when the program runs.
@@ -91,6 +92,16 @@ impl AnyOutbox {
             Self::Postgres(outbox) => Box::new(outbox.operator()),
             #[cfg(feature = "sqlite")]
             Self::Sqlite(outbox) => Box::new(outbox.operator()),
+        }
+    }
+
+    /// Returns what operators do with what consumers remember.
+    pub fn inbox_operator(&self) -> Box<dyn InboxOperator> {
+        match self {
+            #[cfg(feature = "postgres")]
+            Self::Postgres(outbox) => Box::new(outbox.inbox_operator()),
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(outbox) => Box::new(outbox.inbox_operator()),
         }
     }
 

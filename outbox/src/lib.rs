@@ -68,6 +68,7 @@ mod operator;
 mod outbox;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod recall;
 mod relay;
 mod row;
 #[cfg(feature = "sqlite")]
@@ -81,6 +82,7 @@ pub use self::inbox::{Inbox, Memory, Tx};
 pub use self::namespace::Namespace;
 pub use self::operator::{Entry, Operator, RelaySeen, Status, Stuck, Which};
 pub use self::outbox::{Options, Outbox, Ticket};
+pub use self::recall::{ConsumerSeen, Handled, InboxOperator, Progress, known_by};
 pub use self::relay::{Counts, Permanent, Relay, Relaying, State};
 pub use self::row::{Pending, RowId, Shard};
 pub use self::store::{Blocked, Claim, Leased, Store};

@@ -147,6 +147,9 @@ pub trait Operator: fmt::Debug + Send + Sync {
     /// Removes an event that was set aside, for good. `false` = it is not set aside.
     async fn discard(&self, id: RowId) -> Result<bool>;
 
+    /// Removes events that were set aside, of a topic or all, and are of at least an age, for good. Returns how many.
+    async fn purge(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64>;
+
     /// Transactions that hold something back, with their age: keys that are held, and how far relays may read.
     async fn blockers(&self) -> Result<Vec<String>>;
 }
@@ -170,6 +173,8 @@ pub struct Dialect {
     pub(crate) since_ms: &'static str,
     /// The bytes of a column in hexadecimal digits.
     pub(crate) hex: &'static str,
+    /// An id as a literal, of its hexadecimal digits.
+    pub(crate) id: &'static str,
     /// A value as JSON has it where an object is made.
     pub(crate) text: &'static str,
     pub(crate) bool: &'static str,
@@ -183,7 +188,7 @@ pub struct Dialect {
     pub(crate) blockers: &'static str,
 }
 
-struct Desk<Db: Backend>(Outbox<Db>);
+pub(crate) struct Desk<Db: Backend>(pub(crate) Outbox<Db>);
 
 impl<Db: Backend> fmt::Debug for Desk<Db> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -215,7 +220,7 @@ impl<Db: Backend> Desk<Db> {
         text.replace("EVT", &format!("{}{separator}", self.0.options().namespace))
     }
 
-    async fn ask<T: DeserializeOwned + Send + 'static>(&self, text: &str) -> Result<Vec<T>> {
+    pub(crate) async fn ask<T: DeserializeOwned + Send + 'static>(&self, text: &str) -> Result<Vec<T>> {
         let (outbox, sql) = (self.0.clone(), self.sql(text));
         let rows = whole(async move { Db::texts(outbox.pool(), sql).await }).await?;
         let read = |row: String| {
@@ -227,7 +232,7 @@ impl<Db: Backend> Desk<Db> {
     }
 
     /// Runs statements in one transaction; returns how many rows the last of them changed.
-    async fn change(&self, texts: &[String]) -> Result<u64> {
+    pub(crate) async fn change(&self, texts: &[String]) -> Result<u64> {
         let (outbox, all) = (self.0.clone(), texts.iter().map(|text| self.sql(text)).collect::<Vec<_>>());
         whole(async move { Db::change(outbox.pool(), all).await }).await
     }
@@ -255,9 +260,15 @@ fn call(text: &str, name: &str, by: &str) -> String {
 }
 
 /// A text as a literal.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     let printable: String = text.chars().filter(|char| !char.is_control()).take(1024).collect();
     format!("'{}'", printable.replace('\'', "''"))
+}
+
+/// Rows of a table, whose name stands before its columns, that are of an age at least, and of a topic.
+fn of_age(table: &str, topic: Option<&Topic>, older_than: Duration) -> String {
+    let of = topic.map(|topic| format!(" AND {table}topic = {}", quoted(topic.as_str()))).unwrap_or_default();
+    format!("SINCE({table}created_at) >= {}{of}", older_than.as_millis())
 }
 
 const PENDING: &str =
@@ -291,10 +302,7 @@ impl<Db: Backend> Operator for Desk<Db> {
         older_than: Duration,
         max: u32,
     ) -> Result<Vec<Entry>> {
-        let mut filter = format!("SINCE(e.created_at) >= {}", older_than.as_millis());
-        if let Some(topic) = topic {
-            filter += &format!(" AND e.topic = {}", quoted(topic.as_str()));
-        }
+        let filter = of_age("e.", topic, older_than);
         let order = format!(" ORDER BY e.id LIMIT {max}");
         let sql = match which {
             Which::Pending => self.entries_sql(PENDING, OF_PENDING, &filter),
@@ -374,6 +382,11 @@ impl<Db: Backend> Operator for Desk<Db> {
 
     async fn discard(&self, id: RowId) -> Result<bool> {
         Ok(self.change(&[format!("DELETE FROM EVToutbox_parked WHERE id = {}", id.0)]).await? > 0)
+    }
+
+    async fn purge(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64> {
+        let filter = of_age("", topic, older_than);
+        self.change(&[format!("DELETE FROM EVToutbox_parked WHERE {filter}")]).await
     }
 
     async fn blockers(&self) -> Result<Vec<String>> {

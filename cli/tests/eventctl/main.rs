@@ -4,6 +4,7 @@
 mod brokers;
 mod care;
 mod filters;
+mod inbox;
 mod outbox;
 mod redrive;
 mod schemas;

@@ -200,6 +200,7 @@ impl Backend for Postgres {
         separator: '.',
         since_ms: "(extract(epoch FROM clock_timestamp() - {}) * 1000)::bigint",
         hex: "replace(replace({}::text, '-', ''), '\\x', '')",
+        id: "'{}'",
         text: "({})::text",
         bool: "{}",
         now: "now()",

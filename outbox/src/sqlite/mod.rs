@@ -213,6 +213,7 @@ impl Backend for Sqlite {
         separator: '_',
         since_ms: "CAST(unixepoch('subsec') * 1000 - {} AS INTEGER)",
         hex: "iif({} IS NULL, NULL, lower(hex({})))",
+        id: "x'{}'",
         text: "{}",
         bool: "json(iif({}, 'true', 'false'))",
         now: "CAST(unixepoch('subsec') * 1000 AS INTEGER)",

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use eventbus::{
     Attempt, Emit, Envelope, Event, EventId, Failure, FromState, Meta, Retry, Running, Service, State, Topic,
 };
-use outbox::{Inbox, Memory, Tx};
+use outbox::{Inbox, InboxOperator as _, Memory, Tx};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -268,6 +268,54 @@ pub(crate) async fn numbers_of_two_topics_are_two_sequences<Db: Home>(cx: Cx<Db>
     cx.bus.publisher().await.unwrap().publish_envelope(&other, numbered(2, 5)).await.unwrap();
     until("the earlier", async || running.counts().handled == 2).await;
     assert_eq!(effects(&cx).await, 2);
+    running.stop().await.unwrap();
+}
+
+pub(crate) async fn what_is_remembered_is_seen_and_forgotten<Db: Home>(cx: Cx<Db>) {
+    let operator = cx.outbox.inbox_operator();
+    assert!(operator.consumers().await.unwrap().is_empty());
+    let app = App::new(Inbox::new(&cx.outbox));
+    let running = service(&cx, &app, bill::<Db>).await;
+    let events = [counted(1), counted(2).with_id(EventId::parse("o'clock"))];
+    for event in &events {
+        send(&cx, event.clone()).await;
+    }
+    until("both", async || running.counts().handled == 2).await;
+    let seen = operator.consumers().await.unwrap().remove(0);
+    assert_eq!((seen.n_known, seen.remembers_seconds / 86_400), (2, 15), "a day longer than it promises");
+    assert!(seen.oldest_ms.is_some_and(|age| (0..60_000).contains(&age)), "{seen:?}");
+    let ids = events.each_ref().map(outbox::known_by);
+    let mut handled: Vec<String> =
+        operator.handled(&seen.consumer, 10).await.unwrap().into_iter().map(|one| one.event_id).collect();
+    let mut expected = ids.map(|id| id.simple().to_string());
+    handled.sort();
+    expected.sort();
+    assert_eq!(handled, expected);
+    let unknown = uuid::Uuid::from_u128(7);
+    let mut known = operator.knows(&seen.consumer, &[ids[0], unknown, ids[1]]).await.unwrap();
+    known.sort();
+    let mut both = ids;
+    both.sort();
+    assert_eq!(known, both);
+    assert!(operator.knows("it's nobody", &ids).await.unwrap().is_empty());
+    assert_eq!(operator.forget(Some("nobody"), ids[1]).await.unwrap(), 0);
+    assert_eq!(operator.forget(None, ids[1]).await.unwrap(), 1);
+    for event in &events {
+        send(&cx, event.clone()).await;
+    }
+    until("one again", async || running.counts().handled == 3 && running.counts().duplicates == 1).await;
+    running.stop().await.unwrap();
+
+    let app = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences).with_generation(2));
+    let running = service(&cx, &app, bill::<Db>).await;
+    let numbered = counted(3).with_extension("evt-seq", "41").with_extension("evt-source", "x");
+    send(&cx, numbered.with_key("a'b")).await;
+    until("the number", async || running.counts().handled == 1).await;
+    let consumers = operator.consumers().await.unwrap();
+    assert_eq!((consumers.len(), consumers[1].n_known), (2, 1));
+    let progress = operator.progress(&consumers[1].consumer, 10).await.unwrap().remove(0);
+    assert_eq!((progress.last_seq, progress.key.as_str()), (41, "612762"));
+    assert_eq!(progress.source, format!("x/{}", cx.topic));
     running.stop().await.unwrap();
 }
 

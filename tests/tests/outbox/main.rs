@@ -112,6 +112,7 @@ on_each! {
         a_statement_that_failed_is_not_passed_over
         numbers_of_two_topics_are_two_sequences
         what_is_too_old_to_be_known_is_dead_lettered
+        what_is_remembered_is_seen_and_forgotten
         repetitions_behind_later_events_change_nothing
         another_generation_runs_again
         a_memory_of_another_kind_is_refused

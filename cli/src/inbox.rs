@@ -1,0 +1,112 @@
+//! `inbox`: what consumers remember, and how they forget it.
+
+use clap::{Args, Subcommand};
+use eventbus::{Envelope, EventId};
+
+use crate::context::Gate;
+use crate::exit::{Failure, Outcome};
+use crate::out::{Out, row, say};
+use crate::outbox::readable;
+use crate::store::Store;
+
+/// Looks into what consumers remember that handle each event once.
+///
+/// It is in the database of --store, else of the context's outbox, else of the bus.
+///
+/// Examples:
+///   eventctl -c sqlite://shop.db inbox list
+///   eventctl inbox --store postgres://me@db/shop forget 0193e4f2-7a1c-7000-8000-000000000001
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(crate) struct InboxCommand {
+    #[command(flatten)]
+    store: Store,
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Lists consumers, or what one of them handled, the latest first.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inbox list
+    ///   eventctl -c sqlite://shop.db inbox list --consumer billing.charge@1
+    #[command(verbatim_doc_comment)]
+    List {
+        /// Its name: service.handler@generation.
+        #[arg(long, value_name = "NAME")]
+        consumer: Option<String>,
+        /// Most events.
+        #[arg(short = 'n', long, default_value_t = 100)]
+        max: u32,
+    },
+    /// Has consumers forget an event: when it comes again, as in a replay, they handle it again.
+    ///
+    /// Examples:
+    ///   eventctl -c sqlite://shop.db inbox forget 0193e4f2-7a1c-7000-8000-000000000001 --consumer billing.charge@1
+    #[command(verbatim_doc_comment)]
+    Forget {
+        /// The id of the event.
+        id: String,
+        /// Only this one; all without.
+        #[arg(long, value_name = "NAME")]
+        consumer: Option<String>,
+        /// The source of the event, if its id is no UUID.
+        #[arg(long, default_value = "/eventctl")]
+        source: String,
+    },
+}
+
+impl InboxCommand {
+    /// Whether the command line says where the inbox is.
+    pub(crate) fn names_store(&self) -> bool {
+        self.store.is_named()
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Connect: the database cannot be reached. Not found: a consumer, an event.
+pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> Outcome {
+    let store = command.store.open(gate).await?;
+    let inbox = store.inbox_operator();
+    match &command.what {
+        What::List { consumer: None, .. } => {
+            let consumers = inbox.consumers().await?;
+            let rows = consumers.iter().map(|seen| {
+                row! {"consumer": seen.consumer, "memory": seen.memory, "known": seen.n_known,
+                "oldest_ms": seen.oldest_ms, "remembers_seconds": seen.remembers_seconds}
+            });
+            out.rows(rows.collect())
+        }
+        What::List { consumer: Some(name), max } => {
+            let consumers = inbox.consumers().await?;
+            if !consumers.iter().any(|seen| seen.consumer == *name) {
+                return Err(Failure::NotFound(format!("there is no consumer {name}")));
+            }
+            let handled = inbox.handled(name, *max).await?;
+            if !handled.is_empty() {
+                let rows = handled.iter().map(|one| row! {"event_id": one.event_id, "age_ms": one.age_ms});
+                return out.rows(rows.collect());
+            }
+            let progress = inbox.progress(name, *max).await?;
+            let rows = progress.iter().map(|one| {
+                row! {"source": one.source, "key": readable(&one.key), "last_seq": one.last_seq, "age_ms": one.age_ms}
+            });
+            out.rows(rows.collect())
+        }
+        What::Forget { id, consumer, source } => {
+            let event = Envelope::new("", source.clone()).with_id(EventId::parse(id));
+            gate.may_write()?;
+            match inbox.forget(consumer.as_deref(), outbox::known_by(&event)).await? {
+                0 => Err(Failure::NotFound(format!("nobody remembers {id}"))),
+                n => {
+                    say!("{n} consumers do not remember {id} any more");
+                    Ok(())
+                }
+            }
+        }
+    }
+}
