@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use eventbus::Result;
@@ -232,19 +232,27 @@ async fn the_sound_store_passes_where_they_fail() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_that_are_not_heeded_are_found() {
-    let tries = async |cx: Cx<Postgres>| {
+    // How often an event is tried, at most so often and for so long.
+    let tries = async |cx: Cx<Postgres>, most: u64, within: Duration| {
         cx.broker.on("bad", crate::home::Does::Refuses(eventbus::ErrorKind::Full));
         let relay = cx.relay().await;
         cx.publish("bad", 1).await;
         cx.publish("good", 1).await;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        let began = Instant::now();
+        while relay.counts().failed < most && began.elapsed() < within {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let failed = relay.counts().failed;
         relay.stop().await;
-        failed
+        (failed, began.elapsed())
     };
-    // At every look, instead of once a second and then less often.
-    let (broken, sound) = (tries(broken!(KnowsNoBlocks)).await, tries(place().await).await);
-    assert!(broken > sound + 2, "{broken} tries with the bug, {sound} without it");
+    // At every look, instead of after half a second at least and then less and less often: that is a minute for eight.
+    let (broken, time) = tries(broken!(KnowsNoBlocks), 8, crate::home::SOON).await;
+    let (sound, _) = tries(place().await, 8, time * 2).await;
+    assert!(
+        broken == 8 && sound < 8,
+        "{broken} tries with the bug in {time:?}, {sound} without it in twice as long"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
