@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use parking_lot::Mutex;
 
-use crate::admin::Offset;
+use crate::admin::{Offset, Retention};
+use crate::bus::Bus;
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind};
 use crate::event::Message;
@@ -94,6 +95,44 @@ impl Context {
     }
 }
 
+/// A handler that is about to take events: what its arguments look at before the service starts.
+#[derive(Debug)]
+pub struct Beginning<'a> {
+    pub(crate) bus: &'a Bus,
+    pub(crate) topic: &'a Topic,
+    pub(crate) group: &'a Group,
+    pub(crate) handler: &'static str,
+}
+
+impl Beginning<'_> {
+    /// Returns the topic that it takes events from.
+    pub fn topic(&self) -> &Topic {
+        self.topic
+    }
+
+    /// Returns the group that it handles them for.
+    pub fn group(&self) -> &Group {
+        self.group
+    }
+
+    /// Returns the name of the handler: that of its function.
+    pub fn handler(&self) -> &'static str {
+        self.handler
+    }
+
+    /// Asks what the broker keeps of the topic; `None` = there is no such topic yet, or it does not say.
+    ///
+    /// # Errors
+    /// As [`Admin::topic`](crate::Admin::topic).
+    ///
+    /// # Cancellation
+    /// Safe.
+    pub async fn retention(&self) -> Result<Option<Retention>, Error> {
+        let Some(admin) = self.bus.transport().admin() else { return Ok(None) };
+        Ok(admin.topic(self.topic).await?.map(|info| info.retention))
+    }
+}
+
 /// An argument of a handler.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot be an argument of a handler with state `{S}`",
@@ -105,6 +144,14 @@ pub trait Extract<S>: Sized + Send {
     const MESSAGE: Option<(&'static str, u32)> = None;
     /// Whether that is a command, which has one owner.
     const IS_COMMAND: bool = false;
+
+    /// Looks whether runs can work, once for each handler when a service starts.
+    ///
+    /// # Errors
+    /// Why the service cannot start.
+    fn prepare(_: &Beginning<'_>, _: &S) -> impl Future<Output = Result<(), Error>> + Send {
+        std::future::ready(Ok(()))
+    }
 
     /// Takes the argument from a delivery.
     ///

@@ -3,7 +3,8 @@
 use std::future::Future;
 use std::pin::Pin;
 
-use crate::extract::{Context, Extract};
+use crate::error::Error;
+use crate::extract::{Beginning, Context, Extract};
 use crate::outcome::{IntoOutcome, Outcome};
 
 /// An async function that handles deliveries: up to eight extractors in, an outcome out.
@@ -37,6 +38,10 @@ pub trait Handler<Arguments, S>: Clone + Send + Sync + 'static {
     /// Whether that is a command, which has one owner.
     const IS_COMMAND: bool;
 
+    /// Has each argument look whether runs can work.
+    fn prepare(&self, beginning: &Beginning<'_>, state: &S)
+    -> impl Future<Output = Result<(), Error>> + Send;
+
     /// Runs the handler on one delivery.
     fn call(&self, context: &Context, state: &S) -> impl Future<Output = Outcome> + Send;
 }
@@ -65,6 +70,12 @@ macro_rules! handler {
             const MESSAGE: Option<(&'static str, u32)> = first(&[$($argument::MESSAGE),*]);
             const IS_COMMAND: bool = false $(|| $argument::IS_COMMAND)*;
 
+            #[allow(unused_variables, reason = "there may be no argument")]
+            async fn prepare(&self, beginning: &Beginning<'_>, state: &S) -> Result<(), Error> {
+                $($argument::prepare(beginning, state).await?;)*
+                Ok(())
+            }
+
             #[allow(non_snake_case, unused_variables, reason = "arguments are named as their types")]
             async fn call(&self, context: &Context, state: &S) -> Outcome {
                 $(
@@ -89,8 +100,14 @@ handler!(A, B, C, D, E, G);
 handler!(A, B, C, D, E, G, H);
 handler!(A, B, C, D, E, G, H, I);
 
+type Preparing<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + Send + 'a>>;
+
 /// A handler bound to its state; one boxed future for each delivery.
 pub(crate) trait Bound: Send + Sync {
+    fn prepare<'a>(&'a self, _: &'a Beginning<'a>) -> Preparing<'a> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     fn call<'a>(&'a self, context: &'a Context) -> Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 }
 
@@ -108,6 +125,10 @@ struct WithState<H, S, A> {
 }
 
 impl<A: 'static, S: Send + Sync + 'static, H: Handler<A, S>> Bound for WithState<H, S, A> {
+    fn prepare<'a>(&'a self, beginning: &'a Beginning<'a>) -> Preparing<'a> {
+        Box::pin(self.handler.prepare(beginning, &self.state))
+    }
+
     fn call<'a>(&'a self, context: &'a Context) -> Pin<Box<dyn Future<Output = Outcome> + Send + 'a>> {
         Box::pin(self.handler.call(context, &self.state))
     }

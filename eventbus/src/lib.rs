@@ -83,7 +83,7 @@ pub use self::driver::{Counts, Health, HealthState, HeldKey, Monitor, ParkedKeys
 pub use self::envelope::Envelope;
 pub use self::error::{Class, Error, ErrorKind, Result};
 pub use self::event::{Command, Event, Message};
-pub use self::extract::{Attempt, Context, Deadline, Extract, FromState, Meta, Raw, State, Typed};
+pub use self::extract::{Attempt, Beginning, Context, Deadline, Extract, FromState, Meta, Raw, State, Typed};
 pub use self::failure::Failure;
 pub use self::handler::Handler;
 pub use self::header::Headers;

@@ -12,7 +12,7 @@ use crate::driver::{self, Running};
 use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Message;
-use crate::extract::Context;
+use crate::extract::{Beginning, Context};
 use crate::handler::{Bound, Handler, bind};
 use crate::name::{Group, Topic};
 use crate::outcome::{IntoOutcome, Outcome};
@@ -167,6 +167,13 @@ impl BoundRoute {
             })
         };
         known.into_iter().filter_map(other).collect()
+    }
+
+    /// Has the handler's arguments look whether runs can work.
+    async fn prepare(&self, bus: &Bus, topic: &Topic, group: &Group) -> Result<()> {
+        let Handling::One(handler) = &self.handling else { return Ok(()) };
+        let beginning = Beginning { bus, topic, group, handler: self.name };
+        handler.prepare(&beginning).await.map_err(|error| error.with("handler", self.name))
     }
 
     /// Runs the handler on one delivery.
@@ -388,7 +395,8 @@ impl Service<()> {
     /// Joins the group on every topic of the routes and handles until it is stopped.
     ///
     /// # Errors
-    /// What [`Transport::subscribe`](crate::Transport::subscribe) reports, or a name that is not allowed.
+    /// What [`Transport::subscribe`](crate::Transport::subscribe) reports, a name that is not allowed, or what an argument of a
+    /// handler [lacks](crate::Extract::prepare).
     ///
     /// # Cancellation
     /// What was joined until then is left, without a drain.
@@ -419,6 +427,12 @@ impl Service<()> {
                 handling,
             };
             topics.entry(route.topic).or_default().push(bound);
+        }
+        // Before anything is joined: a service starts as a whole.
+        for (topic, routes) in &topics {
+            for route in routes {
+                route.prepare(bus, topic, &group).await?;
+            }
         }
         let mut running = Running::new(self.policy.drain_within);
         for (topic, mut routes) in topics {

@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use eventbus::{
-    Context, Envelope, Error, ErrorKind, EventId, Extract, Failure, FromState, Message, Outcome, Result,
-    Topic, Unit,
+    Beginning, Context, Envelope, Error, ErrorKind, EventId, Extract, Failure, FromState, Group, Message,
+    Outcome, Result, Topic, Unit,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Mutex as AsyncMutex, OnceCell, OwnedMutexGuard};
@@ -53,6 +53,8 @@ struct Inner<Db: Backend> {
     consumers: Mutex<HashMap<String, Arc<OnceCell<()>>>>,
     /// Whether a task forgets what is too old.
     forgets: AtomicBool,
+    /// Whether the database was away when a handler was prepared: the next ones do not wait for it again.
+    is_away: AtomicBool,
 }
 
 /// For how long events are remembered that nothing else is said of.
@@ -62,6 +64,8 @@ const SLACK: Duration = Duration::from_secs(24 * 3600);
 /// How often what is too old is forgotten, and the pause between two helpings of it.
 const FORGET_EVERY: Duration = Duration::from_secs(600);
 const FORGET_PAUSE: Duration = Duration::from_millis(100);
+/// How long a service that starts waits for the database.
+const REACH: Duration = Duration::from_secs(5);
 /// How long the end of a run that failed is waited for; it goes on without us.
 const ROLLBACK: Duration = Duration::from_secs(1);
 
@@ -77,8 +81,8 @@ impl<Db: Backend> Inbox<Db> {
     }
 
     fn named(outbox: Outbox<Db>, memory: Memory, generation: u32) -> Self {
-        let (consumers, forgets) = (Mutex::default(), AtomicBool::default());
-        Self(Arc::new(Inner { outbox, memory, generation, consumers, forgets }))
+        let (consumers, forgets, is_away) = (Mutex::default(), AtomicBool::default(), AtomicBool::default());
+        Self(Arc::new(Inner { outbox, memory, generation, consumers, forgets, is_away }))
     }
 
     /// The same under another name, beginning with 1: nothing was handled yet.
@@ -111,20 +115,60 @@ impl<Db: Backend> Inbox<Db> {
         .await
     }
 
-    /// Begins a run: `None` if the event was handled before.
-    async fn begin(&self, context: &Context) -> Result<Option<Open<Db>>, Failure> {
-        let event = context.envelope();
-        if context.handler().contains('{') {
-            return Err(Failure::permanent(
-                "inbox.unnamed",
+    fn consumer(&self, group: &Group, handler: &str) -> String {
+        format!("{group}.{handler}@{}", self.0.generation)
+    }
+
+    fn keep(&self) -> Duration {
+        match self.0.memory {
+            Memory::Events { keep } => keep,
+            Memory::Sequences => KEEP,
+        }
+    }
+
+    /// Looks whether a handler can remember what it handles, for as long as it is needed.
+    async fn prepare(&self, beginning: &Beginning<'_>) -> Result<()> {
+        if beginning.handler().contains('{') {
+            return Err(Error::new(
+                ErrorKind::Config,
                 "a handler with a Tx must be a function: what it handled is remembered under its name",
             ));
         }
-        let consumer = format!("{}.{}@{}", context.group(), context.handler(), self.0.generation);
-        let keep = match self.0.memory {
-            Memory::Events { keep } => keep,
-            Memory::Sequences => KEEP,
+        let kept = beginning.retention().await?.and_then(|retention| retention.max_age);
+        let keep = self.keep();
+        if let Some(kept) = kept
+            && matches!(self.0.memory, Memory::Events { .. })
+            && kept > keep
+        {
+            let message = "the topic keeps events for longer than the inbox remembers them: have it remember for as long";
+            return Err(Error::new(ErrorKind::Config, message)
+                .with("topic", beginning.topic())
+                .with("topic_keeps_seconds", kept.as_secs())
+                .with("remembers_seconds", keep.as_secs()));
+        }
+        let ready = async {
+            self.0.outbox.verify().await?;
+            self.register(&self.consumer(beginning.group(), beginning.handler()), keep).await
         };
+        if self.0.is_away.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        // Events wait for a database that is away: they are tried until it is back.
+        let reason = match tokio::time::timeout(REACH, ready).await {
+            Ok(Err(error)) if error.is_retryable() => error.to_string(),
+            Ok(ready) => return ready,
+            Err(_) => format!("no answer within {REACH:?}"),
+        };
+        tracing::warn!(reason, "the inbox cannot be reached yet");
+        self.0.is_away.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Begins a run: `None` if the event was handled before.
+    async fn begin(&self, context: &Context) -> Result<Option<Open<Db>>, Failure> {
+        let event = context.envelope();
+        let consumer = self.consumer(context.group(), context.handler());
+        let keep = self.keep();
         self.register(&consumer, keep).await?;
         let identity = Identity::of(event, context.topic(), self.0.memory, consumer)?;
         let outbox = self.0.outbox.clone();
@@ -326,6 +370,10 @@ impl<Db: Backend, S: Sync> Extract<S> for Tx<Db>
 where
     Inbox<Db>: FromState<S>,
 {
+    async fn prepare(beginning: &Beginning<'_>, state: &S) -> Result<()> {
+        Inbox::<Db>::from_state(state).prepare(beginning).await
+    }
+
     async fn extract(context: &Context, state: &S) -> Result<Self, Outcome> {
         let inbox = Inbox::<Db>::from_state(state);
         let Some(open) = inbox.begin(context).await? else { return Err(Outcome::duplicate()) };

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
 use eventbus::{
-    Attempt, Emit, Envelope, Event, EventId, Failure, FromState, Meta, Retry, Running, Service, State, Topic,
+    Attempt, Emit, Envelope, Error, ErrorKind, Event, EventId, Failure, FromState, Meta, Retry, Running,
+    Service, State, Topic, TopicSpec,
 };
-use outbox::{Inbox, InboxOperator as _, Memory, Tx};
+use outbox::{Inbox, InboxOperator as _, Memory, Namespace, Options, Outbox, Tx};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
@@ -384,15 +385,44 @@ pub(crate) async fn another_generation_runs_again<Db: Home>(cx: Cx<Db>) {
 
 pub(crate) async fn a_memory_of_another_kind_is_refused<Db: Home>(cx: Cx<Db>) {
     let running = service(&cx, &App::new(Inbox::new(&cx.outbox)), bill::<Db>).await;
-    send(&cx, counted(1)).await;
-    until("the event", async || running.counts().handled == 1).await;
     running.stop().await.unwrap();
-    let other = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences));
-    let running = service(&cx, &other, bill::<Db>).await;
-    send(&cx, counted(2).with_extension("evt-seq", "1").with_extension("evt-source", "x")).await;
-    until("the letter", async || running.counts().dead_lettered == 1).await;
-    assert_eq!(effects(&cx).await, 1);
-    running.stop().await.unwrap();
+    let refused = lacks(&cx, Inbox::with_memory(&cx.outbox, Memory::Sequences), bill::<Db>).await;
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{refused}");
+    assert!(refused.to_string().contains("bill"), "{refused}");
+}
+
+/// Why a service with a handler does not start; nothing was joined then.
+async fn lacks<Db: Home, A: 'static, H: eventbus::Handler<A, App<Db>>>(
+    cx: &Cx<Db>,
+    inbox: Inbox<Db>,
+    handler: H,
+) -> Error {
+    let service = Service::new("billing").on(cx.topic.clone(), handler).with_state(App::new(inbox));
+    let refused = service.start(&cx.bus).await.err().unwrap();
+    let groups = cx.bus.transport().admin().unwrap().groups(Some(&cx.topic)).await.unwrap_or_default();
+    assert!(groups.iter().all(|group| group.owner.is_none()), "{groups:?}");
+    refused
+}
+
+pub(crate) async fn what_a_handler_lacks_is_told_at_the_start<Db: Home>(cx: Cx<Db>) {
+    let unnamed = async |mut tx: Tx<Db>| effect(&mut tx, 1).await;
+    let refused = lacks(&cx, Inbox::new(&cx.outbox), unnamed).await;
+    assert_eq!(refused.kind(), ErrorKind::Config, "{refused}");
+
+    let day = Duration::from_secs(24 * 3600);
+    let spec = TopicSpec::new(cx.topic.clone()).with_max_age(day * 30);
+    cx.bus.transport().admin().unwrap().declare(&spec).await.unwrap();
+    let refused = lacks(&cx, Inbox::new(&cx.outbox), bill::<Db>).await;
+    assert_eq!(refused.kind(), ErrorKind::Config, "{refused}");
+    assert!(refused.to_string().contains("remember"), "{refused}");
+    let long = Inbox::with_memory(&cx.outbox, Memory::Events { keep: day * 30 });
+    service(&cx, &App::new(long), bill::<Db>).await.stop().await.unwrap();
+
+    let elsewhere = Options::default().with_namespace(Namespace::new("nowhere").unwrap());
+    let elsewhere = Outbox::with_options(cx.outbox.pool().clone(), elsewhere);
+    let sequences = Inbox::with_memory(&elsewhere, Memory::Sequences);
+    let refused = lacks(&cx, sequences, bill::<Db>).await;
+    assert_eq!(refused.kind(), ErrorKind::NotFound, "{refused}");
 }
 
 pub(crate) async fn what_is_too_old_is_forgotten<Db: Home>(cx: Cx<Db>) {
@@ -411,4 +441,28 @@ pub(crate) async fn what_is_too_old_is_forgotten<Db: Home>(cx: Cx<Db>) {
     cx.run(&Db::aged(5, 100_000)).await;
     assert!(!app.inbox.forget().await.unwrap());
     assert_eq!(cx.number("SELECT count(*) FROM EVTinbox").await, 5);
+}
+
+pub(crate) mod postgres {
+    use super::*;
+
+    /// Its events wait for the database, as they do when it goes away later.
+    pub(crate) async fn a_service_starts_while_its_database_is_away(cx: Cx<sqlx::Postgres>) {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = server.local_addr().unwrap().port();
+        drop(server);
+        let pool = sqlx::postgres::PgPoolOptions::new().acquire_timeout(Duration::from_secs(1));
+        let pool = pool.connect_lazy(&format!("postgres://nobody@127.0.0.1:{port}/none")).unwrap();
+        let app = App::new(Inbox::new(&Outbox::new(pool)));
+        let service = Service::new("billing").on(cx.topic.clone(), bill::<sqlx::Postgres>);
+        let service = service.on(Topic::new("others").unwrap(), answer::<sqlx::Postgres>).with_state(app);
+        let began = std::time::Instant::now();
+        let running = service.start(&cx.bus).await.unwrap();
+        // Two handlers do not wait twice.
+        assert!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+        send(&cx, counted(1)).await;
+        until("the attempt", async || running.counts().retried > 0).await;
+        assert_eq!((running.counts().handled, running.counts().dead_lettered), (0, 0));
+        running.stop().await.unwrap();
+    }
 }

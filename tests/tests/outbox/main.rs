@@ -38,6 +38,11 @@ on_one! {
 }
 
 on_one! {
+    postgres_handlers: sqlx::Postgres, crate::handlers::postgres:
+        a_service_starts_while_its_database_is_away
+}
+
+on_one! {
     sqlite_only: sqlx::Sqlite, crate::writer:
         commits_are_shared
         neighbours_go_their_own_ways
@@ -116,6 +121,7 @@ on_each! {
         repetitions_behind_later_events_change_nothing
         another_generation_runs_again
         a_memory_of_another_kind_is_refused
+        what_a_handler_lacks_is_told_at_the_start
         what_is_too_old_is_forgotten;
     operators:
         operators_see_what_waits
