@@ -31,8 +31,8 @@ const BLOCKERS: &str = "SELECT to_json(format('process %s of %s: %s for %s s, ho
   FROM pg_stat_activity a WHERE a.datname = current_database() AND a.xact_start < clock_timestamp() - interval '1 s'
     AND a.pid <> pg_backend_pid() AND (a.backend_xid IS NOT NULL OR a.backend_xmin IS NOT NULL) ORDER BY a.xact_start";
 
-/// Begins a transaction whose commit is durable: what it acknowledges must not vanish with the server.
-const BEGIN: &str = "BEGIN; SELECT set_config('synchronous_commit', 'on', true)
+/// Makes a commit durable: what it acknowledges must not vanish with the server. Fails in a transaction that is failed.
+const CHECK: &str = "SELECT set_config('synchronous_commit', 'on', true)
   WHERE current_setting('synchronous_commit') IN ('off', 'local')";
 
 /// What the server says of an id that it has not given out (yet).
@@ -100,7 +100,7 @@ impl Backend for Postgres {
     }
 
     async fn begin(pool: &PgPool, _: &Arc<()>) -> Result<Self::Unit> {
-        pool.begin_with(BEGIN).await.map_err(from_sqlx)
+        pool.begin().await.map_err(from_sqlx)
     }
 
     async fn commit(unit: Self::Unit) -> Result<(), Uncommitted> {
@@ -111,7 +111,7 @@ impl Backend for Postgres {
         unit.rollback().await.map_err(Uncommitted::from)
     }
 
-    /// Appends raise what is too low, and so does the beginning of a unit.
+    /// Appends raise what is too low, and so does the check of a unit without one.
     async fn sound(_: &mut PgConnection) -> Result<()> {
         Ok(())
     }
@@ -147,7 +147,7 @@ impl Backend for Postgres {
     /// The server answers the commit of a transaction in which a statement failed as if it had been one, with a word that says
     /// rollback, which `sqlx` does not read. Any other statement fails there.
     async fn check(connection: &mut PgConnection) -> Result<()> {
-        sqlx::query("SELECT 1").execute(connection).await.map_err(from_sqlx).map(drop)
+        sqlx::query(CHECK).execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
     async fn fate(pool: &PgPool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {

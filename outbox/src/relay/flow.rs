@@ -88,6 +88,9 @@ impl Writes {
 const FULL_LANE: usize = 16;
 const LONGEST_LANE: usize = 64;
 
+/// Batches in hand, whatever becomes of them.
+const MOST_BATCHES: usize = 8;
+
 /// Whether a failure is about the event or its topic, and not about the broker, the way there or who we are there.
 fn is_of_the_event(error: &Error) -> bool {
     matches!(
@@ -115,6 +118,9 @@ pub(crate) enum Round {
 #[derive(Debug)]
 pub(crate) struct Flow {
     policy: Policy,
+    /// The next claim begins behind it: so that shards with much to do do not starve those behind them, and what is held of
+    /// them is not read past again at once.
+    claimed_up_to: Shard,
     /// What is ours, and what is only to be brought to its end.
     owned: HashMap<Shard, i64>,
     leaving: HashMap<Shard, i64>,
@@ -125,6 +131,8 @@ pub(crate) struct Flow {
     writes: Writes,
     n_bytes: usize,
     n_on_their_way: usize,
+    /// Events that are published or given up, and not noted yet.
+    n_ended: usize,
     /// How many events were published: whoever fails while others go through fails by itself.
     n_published: u64,
     /// While a claim is on its way: keys of which something was let go since it began. What it brings of them could be
@@ -136,6 +144,7 @@ impl Flow {
     pub(crate) fn new(policy: Policy) -> Self {
         Self {
             policy,
+            claimed_up_to: Shard(0),
             owned: HashMap::new(),
             leaving: HashMap::new(),
             held: HashMap::new(),
@@ -144,6 +153,7 @@ impl Flow {
             writes: Writes::default(),
             n_bytes: 0,
             n_on_their_way: 0,
+            n_ended: 0,
             n_published: 0,
             let_go: HashSet::new(),
         }
@@ -181,24 +191,25 @@ impl Flow {
         self.owned.keys().copied().collect()
     }
 
-    /// Whether more can be taken in hand.
+    /// Whether more can be taken in hand: while one batch is noted and others are on their way, the next one is claimed.
     pub(crate) fn has_room(&self) -> bool {
+        let n_waiting = self.held.len() - self.n_on_their_way - self.n_ended;
         !self.owned.is_empty()
-            && self.held.len() - self.n_on_their_way < self.policy.batch_events
+            && n_waiting < self.policy.batch_events
+            && self.held.len() < self.policy.batch_events.saturating_mul(MOST_BATCHES)
             && self.n_bytes < self.policy.batch_bytes.saturating_mul(2)
     }
 
     /// What to ask the store for; `None` while enough is in hand. Its answer goes to [`claimed`](Self::claimed), also if it
     /// is none.
-    pub(crate) fn claim(&mut self, start: usize) -> Option<Claim> {
+    pub(crate) fn claim(&mut self) -> Option<Claim> {
         if !self.has_room() {
             return None;
         }
         let mut shards = self.shards();
         shards.sort_unstable();
-        // So that shards with much to do do not starve those behind them.
-        let by = start % shards.len().max(1);
-        shards.rotate_left(by);
+        let first = shards.partition_point(|shard| *shard <= self.claimed_up_to);
+        shards.rotate_left(first);
         let mut claim = Claim::new(shards, self.policy.batch_events, self.policy.batch_bytes);
         claim.held = self.held.keys().copied().collect();
         let full = self.lanes.iter().filter(|(_, waiting)| waiting.rows.len() >= FULL_LANE);
@@ -209,6 +220,9 @@ impl Flow {
 
     /// Takes what the store gave.
     pub(crate) fn claimed(&mut self, rows: Vec<Pending>) {
+        if let Some(last) = rows.last() {
+            self.claimed_up_to = last.shard;
+        }
         for pending in rows {
             // The shard may have gone while the store answered.
             if !self.owned.contains_key(&pending.shard) || self.held.contains_key(&pending.id) {
@@ -324,6 +338,7 @@ impl Flow {
     fn published(&mut self, id: RowId) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Ended;
+        self.n_ended += 1;
         let (lane, shard) = (held.lane.clone(), held.pending.shard);
         self.writes.published.push((shard, id));
         if let Some(waiting) = self.lanes.get_mut(&lane) {
@@ -358,6 +373,7 @@ impl Flow {
     fn give_up(&mut self, id: RowId, may_pass: bool, error: String, random: f64) {
         let Some(held) = self.held.get_mut(&id) else { return };
         held.stage = Stage::Ended;
+        self.n_ended += 1;
         let attempts = held.pending.attempts.saturating_add(1);
         let retry_in = self.policy.backoff(attempts, random);
         let blocked = Blocked { may_pass, ..Blocked::new(&held.pending, attempts, retry_in, error) };
@@ -430,6 +446,7 @@ impl Flow {
     fn forget(&mut self, id: RowId) {
         if let Some(held) = self.held.remove(&id) {
             self.n_bytes -= held.pending.size_bytes;
+            self.n_ended -= usize::from(held.stage == Stage::Ended);
         }
     }
 

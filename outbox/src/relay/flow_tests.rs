@@ -73,9 +73,9 @@ fn a_key_stops_at_its_first_failure_and_others_go_on() {
         (1, RowId(1), true)
     );
     // Until that is stored, the store would give the event again.
-    assert!(flow.claim(0).unwrap().held.contains(&RowId(1)));
+    assert!(flow.claim().unwrap().held.contains(&RowId(1)));
     flow.written(&writes);
-    assert!(!flow.claim(0).unwrap().held.contains(&RowId(1)));
+    assert!(!flow.claim().unwrap().held.contains(&RowId(1)));
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn first_publications_are_in_order_whatever_happens() {
             match random.u8(..10) {
                 // The store answers as it was when it was asked, and the answer comes later.
                 0..2 if answer.is_none() => {
-                    if let Some(claim) = flow.claim(0) {
+                    if let Some(claim) = flow.claim() {
                         let due = |row: &&Pending| {
                             !blocked.contains_key(row.ordering_key().unwrap().to_string().as_str())
                         };

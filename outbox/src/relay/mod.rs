@@ -67,7 +67,7 @@ type Opening = Pin<Box<dyn Future<Output = Result<Arc<dyn Store>>> + Send>>;
 /// | Bound | Default | Option |
 /// |---|---|---|
 /// | a lease | 15 s, renewed every 3 s | [`with_lease`](Self::with_lease) |
-/// | events and bytes of a round; up to four rounds at once, and twice the bytes in hand | 500, 1 MiB | [`with_batch`](Self::with_batch) |
+/// | events and bytes of a round; up to four rounds at once, and eight times the events or twice the bytes in hand | 500, 1 MiB | [`with_batch`](Self::with_batch) |
 /// | the answer of the broker | a third of the lease | |
 /// | a look without a hint | 5 ms after news, then up to 250 ms | |
 /// | a key that failed waits | 1 s, doubling to 5 min | |

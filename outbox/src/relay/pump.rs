@@ -57,7 +57,6 @@ pub(super) struct Pump {
     failed_writes: u32,
     /// Whether the broker is there again, so that what waits for it is due.
     unblock: bool,
-    n_claims: usize,
     patience: u32,
 }
 
@@ -104,7 +103,6 @@ impl Pump {
             write_at: now,
             failed_writes: 0,
             unblock: false,
-            n_claims: 0,
             patience: policy.patience,
         }
     }
@@ -202,8 +200,7 @@ impl Pump {
     }
 
     fn claim(&mut self) -> Option<JoinHandle<Result<Vec<Pending>>>> {
-        let claim = self.flow.claim(self.n_claims)?;
-        self.n_claims += 1;
+        let claim = self.flow.claim()?;
         self.rung = false;
         self.shared.statements.fetch_add(1, Ordering::Relaxed);
         let store = self.store.clone();

@@ -82,7 +82,7 @@ impl Sql {
                   SELECT o.id, o.size, coalesce(b.attempts, 0) AS attempts FROM evt_outbox o
                   LEFT JOIN evt_outbox_blocked b ON b.shard = o.shard AND b.topic = o.topic AND b.key = o.key
                   WHERE o.shard IN (SELECT value FROM json_each(?1)) AND o.id NOT IN (SELECT value FROM json_each(?2))
-                    AND NOT EXISTS (SELECT 1 FROM json_each(?6) x WHERE x.value ->> 0 = o.topic AND x.value ->> 1 = hex(o.key))
+                    AND (o.topic, hex(o.key)) NOT IN (SELECT x.value ->> 0, x.value ->> 1 FROM json_each(?6) x)
                     AND (b.retry_at IS NULL OR b.retry_at <= ?3 OR b.retry_at > ?3 + {LONGEST_WAIT})
                   ORDER BY o.id LIMIT ?4),
                 summed AS (SELECT id, attempts, size, sum(size) OVER (ORDER BY id) AS total FROM found)

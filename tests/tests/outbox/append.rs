@@ -263,15 +263,24 @@ pub(crate) mod postgres {
             assert_eq!(now, after);
             tx.rollback().await.unwrap();
         }
-        // One that publishes nothing may acknowledge an event.
-        for (before, after) in [("off", "on"), ("remote_apply", "remote_apply")] {
+        // One that publishes nothing may acknowledge an event. What holds at its commit is noted by what runs in there.
+        cx.run(
+            "CREATE TABLE written (n bigint); CREATE TABLE noted (level text);
+            CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+              $$ BEGIN INSERT INTO noted VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$;
+            CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON written DEFERRABLE INITIALLY DEFERRED
+              FOR EACH ROW EXECUTE FUNCTION note()",
+        )
+        .await;
+        for (before, after) in [("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")] {
             let options = (*cx.pool.connect_options()).clone().options([("synchronous_commit", before)]);
             let outbox = outbox::Outbox::new(sqlx::PgPool::connect_with(options).await.unwrap());
             let mut tx = outbox.begin().await.unwrap();
-            let now: String =
-                sqlx::query_scalar("SHOW synchronous_commit").fetch_one(&mut *tx).await.unwrap();
-            assert_eq!(now, after);
-            tx.rollback().await.unwrap();
+            sqlx::raw_sql("INSERT INTO written VALUES (1)").execute(&mut *tx).await.unwrap();
+            tx.commit().await.unwrap();
+            let noted: String =
+                sqlx::query_scalar("DELETE FROM noted RETURNING level").fetch_one(&cx.pool).await.unwrap();
+            assert_eq!(noted, after);
         }
     }
 
