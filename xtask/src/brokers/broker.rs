@@ -1,6 +1,7 @@
 //! A broker of one's own: started, restarted, frozen and ended, whichever way it runs.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::container::Container;
 use super::process::Native;
@@ -52,8 +53,7 @@ impl Broker {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_in(folder: &Path, kind: Kind) -> Result<Self> {
-        let native = Native::start_in(folder, kind)?;
-        Ok(Self { kind, url: native.url().to_owned(), lives: Lives::Native(native) })
+        Native::start_in(folder, kind).map(|native| Self::native(kind, native))
     }
 
     /// Starts one that speaks nothing but TLS. It is a process of this machine also where others are containers.
@@ -61,8 +61,20 @@ impl Broker {
     /// # Errors
     /// As [`start`](Self::start).
     pub fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
-        let native = Native::start_secured(kind, secure)?;
-        Ok(Self { kind, url: native.url().to_owned(), lives: Lives::Native(native) })
+        Native::start_secured(kind, secure).map(|native| Self::native(kind, native))
+    }
+
+    /// Starts a PostgreSQL whose syncs take a time, below a second, and make nothing durable: for measurements. It is a
+    /// process of this machine also where others are containers, and needs a C compiler.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with_sync(sync: Duration) -> Result<Self> {
+        Native::start_with_sync(sync).map(|native| Self::native(Kind::Postgres, native))
+    }
+
+    fn native(kind: Kind, native: Native) -> Self {
+        Self { kind, url: native.url().to_owned(), lives: Lives::Native(native) }
     }
 
     /// Which broker it is.

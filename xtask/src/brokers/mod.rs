@@ -15,6 +15,7 @@ mod process;
 mod recipe;
 mod running;
 mod secure;
+mod sync;
 
 use std::fmt;
 use std::str::FromStr;

@@ -12,7 +12,7 @@ use super::debian::{self, Root};
 use super::fetch::run;
 use super::recipe::{self, Launch};
 use super::secure::{self, Secure};
-use super::{Kind, Result};
+use super::{Kind, Result, sync};
 
 /// How long a broker may take to start, or to end.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
@@ -38,8 +38,16 @@ impl Native {
     }
 
     pub(super) fn start_secured(kind: Kind, secure: &Secure) -> Result<Self> {
+        Self::start_with(kind, |launch, folder| secure::apply(kind, launch, folder, secure))
+    }
+
+    pub(super) fn start_with_sync(sync: Duration) -> Result<Self> {
+        Self::start_with(Kind::Postgres, |launch, folder| sync::apply(launch, folder, sync))
+    }
+
+    fn start_with(kind: Kind, change: impl FnOnce(&mut Launch, &Path) -> Result<()>) -> Result<Self> {
         let (folder, mut launch) = prepare(kind, None, None)?;
-        if let Err(problem) = secure::apply(kind, &mut launch, &folder, secure) {
+        if let Err(problem) = change(&mut launch, &folder) {
             drop(fs::remove_dir_all(&folder));
             return Err(problem);
         }
