@@ -2,6 +2,7 @@
 //! does to one it does to the other. The figure is the median of the pairs' ratios, with its range.
 
 mod brokers;
+mod outbox;
 mod times;
 
 use std::future::Future;
@@ -497,6 +498,7 @@ async fn main() -> Anyhow<()> {
         pair(&name, 0.95, some.len(), || run(false), || run(true)).await?;
     }
     brokers::all(&events).await?;
+    outbox::all(&events).await?;
     if is_wanted("awaiting producers") {
         group_commit().await?;
     }

@@ -82,7 +82,7 @@ pub(crate) async fn injected_sync() -> Anyhow<()> {
     Ok(())
 }
 
-fn real_sleep(time: Duration) -> Duration {
+pub(crate) fn real_sleep(time: Duration) -> Duration {
     let mut slept: Vec<Duration> = (0..21)
         .map(|_| {
             let started = Instant::now();
@@ -93,7 +93,7 @@ fn real_sleep(time: Duration) -> Duration {
     middle(&mut slept)
 }
 
-fn middle(times: &mut [Duration]) -> Duration {
+pub(crate) fn middle(times: &mut [Duration]) -> Duration {
     times.sort();
     times.get(times.len() / 2).copied().unwrap_or_default()
 }

@@ -23,7 +23,7 @@ pub(super) const LINES: &[&str] = &[PUBLISH, PUBLISH_64, CONSUME];
 
 pub(super) async fn run(broker: &Broker, events: &[Envelope], wires: &[Wire]) -> Anyhow<()> {
     let bus = eventbus::connect(broker.url()).await?;
-    let hosts = broker.url().trim_start_matches("kafka://").to_owned();
+    let hosts = hosts(broker);
     let n = events.len();
     for (name, bar, window) in [(PUBLISH_64, 0.92, 64), (PUBLISH, 0.92, 1024)] {
         pair(name, bar, n, || raw_publish(&hosts, wires, window), || publish(&bus, events, window)).await?;
@@ -33,6 +33,10 @@ pub(super) async fn run(broker: &Broker, events: &[Envelope], wires: &[Wire]) ->
     pair(CONSUME, 0.85, n, || raw_consume(&hosts, &raw, n), || consume(&bus, &ours, n)).await?;
     bus.transport().close().await?;
     Ok(())
+}
+
+pub(super) fn hosts(broker: &Broker) -> String {
+    broker.url().trim_start_matches("kafka://").to_owned()
 }
 
 fn config(hosts: &str) -> ClientConfig {
@@ -89,7 +93,7 @@ async fn send(producer: &FutureProducer, topic: &str, wires: &[Wire], window: us
     Ok(())
 }
 
-async fn raw_publish(hosts: &str, wires: &[Wire], window: usize) -> Anyhow<f64> {
+pub(super) async fn raw_publish(hosts: &str, wires: &[Wire], window: usize) -> Anyhow<f64> {
     let (topic, producer) = (raw_topic(hosts).await?, producer(hosts)?);
     let (first, rest) = wires.split_at(FIRST.min(wires.len()));
     send(&producer, &topic, first, FIRST).await?;

@@ -8,6 +8,7 @@ mod kafka;
 mod nats;
 mod postgres;
 mod rabbitmq;
+mod raw;
 mod redis;
 pub(crate) mod still;
 
@@ -21,6 +22,7 @@ use eventbus::{Bus, Envelope, Group, Key, Polled, Settle, Start, Subscription, T
 use tokio::sync::mpsc;
 use xtask::brokers::{Broker, Kind};
 
+pub(crate) use self::raw::Raw;
 use crate::{Anyhow, Order, is_wanted};
 
 /// Partitions of a topic: ours, and raw where the broker has partitions or they cost nothing.
@@ -51,11 +53,11 @@ pub(crate) async fn all(events: &[Envelope]) -> Anyhow<()> {
     Ok(())
 }
 
-fn is_any_wanted(lines: &[&str]) -> bool {
+pub(crate) fn is_any_wanted(lines: &[&str]) -> bool {
     lines.iter().any(|line| is_wanted(line))
 }
 
-async fn broker(kind: Kind) -> Anyhow<Broker> {
+pub(crate) async fn broker(kind: Kind) -> Anyhow<Broker> {
     let broker = tokio::task::spawn_blocking(move || Broker::start(kind, None)).await??;
     eprintln!("{kind}: {}", broker.version());
     Ok(broker)
@@ -69,7 +71,7 @@ fn fresh(what: &str) -> String {
 
 /// An event as a raw client sends it.
 #[derive(Debug, Clone)]
-struct Wire {
+pub(crate) struct Wire {
     id: String,
     key: Bytes,
     partition: u32,
@@ -79,7 +81,7 @@ struct Wire {
 
 impl Wire {
     /// The attributes that our mapping writes, by their names without the prefix of a protocol.
-    fn of(event: &Envelope) -> Self {
+    pub(crate) fn of(event: &Envelope) -> Self {
         let id = event.id().to_string();
         let headers = vec![
             ("specversion", "1.0".to_owned()),
@@ -105,7 +107,7 @@ fn decode(body: &[u8]) -> Anyhow<()> {
 }
 
 /// A topic of ours that is empty.
-async fn topic(bus: &Bus) -> Anyhow<Topic> {
+pub(crate) async fn topic(bus: &Bus) -> Anyhow<Topic> {
     let topic = Topic::new(fresh("orders"))?;
     let spec =
         TopicSpec::new(topic.clone()).with_partitions(NonZeroU32::new(PARTITIONS).unwrap_or(NonZeroU32::MIN));

@@ -22,9 +22,7 @@ pub(super) const LINES: &[&str] = &[PUBLISH, PUBLISH_64, CONSUME];
 
 pub(super) async fn run(broker: &Broker, events: &[Envelope], wires: &[Wire]) -> Anyhow<()> {
     let bus = eventbus::connect(broker.url()).await?;
-    // The client's own limit on what is not acknowledged would be the window.
-    let client = connect(broker.url()).await?;
-    let context = jetstream::context::ContextBuilder::new().max_ack_inflight(2048).build(client);
+    let context = context(broker.url()).await?;
     let n = events.len();
     for (name, window) in [(PUBLISH_64, 64), (PUBLISH, 1024)] {
         let raw = || raw_publish(&context, wires, window);
@@ -35,6 +33,12 @@ pub(super) async fn run(broker: &Broker, events: &[Envelope], wires: &[Wire]) ->
     pair(CONSUME, 0.92, n, || raw_pull(&raw, n), || consume(&bus, &ours, n)).await?;
     bus.transport().close().await?;
     Ok(())
+}
+
+pub(super) async fn context(url: &str) -> Anyhow<Context> {
+    // The client's own limit on what is not acknowledged would be the window.
+    let client = connect(url).await?;
+    Ok(jetstream::context::ContextBuilder::new().max_ack_inflight(2048).build(client))
 }
 
 async fn connect(url: &str) -> Anyhow<Client> {
@@ -77,7 +81,7 @@ async fn send(context: &Context, subject: &str, wires: &[Wire], window: usize) -
     Ok(())
 }
 
-async fn raw_publish(context: &Context, wires: &[Wire], window: usize) -> Anyhow<f64> {
+pub(super) async fn raw_publish(context: &Context, wires: &[Wire], window: usize) -> Anyhow<f64> {
     let (_, name) = raw_stream(context).await?;
     let (first, rest) = wires.split_at(FIRST.min(wires.len()));
     send(context, &name, first, FIRST).await?;

@@ -88,7 +88,12 @@ async fn send(channel: &Channel, queue: &str, wires: &[Wire], window: usize) -> 
     Ok(())
 }
 
-async fn raw_publish(connection: &Connection, kind: &str, wires: &[Wire], window: usize) -> Anyhow<f64> {
+pub(super) async fn raw_publish(
+    connection: &Connection,
+    kind: &str,
+    wires: &[Wire],
+    window: usize,
+) -> Anyhow<f64> {
     let (channel, name) = raw_queue(connection, kind).await?;
     let (first, rest) = wires.split_at(FIRST.min(wires.len()));
     send(&channel, &name, first, FIRST).await?;
