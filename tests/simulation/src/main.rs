@@ -1,4 +1,4 @@
-//! A deterministic simulation. The real relay and the real driver with its lanes and its parking run on virtual time against a
+//! A deterministic simulation. The real relay and the real driver with its lanes and its retries run on virtual time against a
 //! database and a broker that lose calls and answers, are slow and go away, in processes that are killed, stopped and set
 //! wrong in their time. Ten minutes of it are a fraction of a second, and a seed is one history: what fails once fails
 //! again.
@@ -93,6 +93,11 @@ fn main() -> ExitCode {
 /// One seed, in this process.
 fn one(seed: u64, options: &Options) -> Result<bool, String> {
     clock::seed(seed);
+    // A task that panics ends unseen where another takes over its work.
+    std::panic::set_hook(Box::new(|panic| {
+        eprintln!("{panic}");
+        std::process::exit(101);
+    }));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.map_err(|error| error.to_string())?;
     let length = Duration::from_secs(options.minutes * 60);
@@ -151,7 +156,8 @@ fn all(options: &Options) -> Result<bool, String> {
     let ended = seeds(options.from, options.n_seeds, &options.bug.0, options.minutes)?;
     let failed: Vec<_> = ended.iter().filter(|(_, is_clean, _)| !is_clean).collect();
     for (seed, _, said) in failed.iter().take(10) {
-        println!("seed {seed}: {said}\n  again: cargo xtask simulate --seed {seed}\n");
+        let with = format!("--seed {seed} --minutes {} --bug {}", options.minutes, options.bug.0);
+        println!("seed {seed}: {said}\n  again: cargo xtask simulate {with}\n");
     }
     let figures = ["committed", "published", "repeated", "faults", "calls", "minutes"];
     let figures = figures.map(|of| format!("{of} {}", sum(&ended, of))).join(", ");
