@@ -19,9 +19,12 @@ use crate::store::Store;
 /// Compares the numbers that an outbox gave its events with their order in a topic, and with what a consumer handled.
 ///
 /// Each finding is a row. `repeated`: an event is there again, which happens and which inboxes pass over. `reordered`: an event
-/// is behind a later one of its key, and was not there before. `unhandled`: the consumer does not know an event; it may have
-/// been dead-lettered, be of a type that nobody takes, or be older than the consumer remembers. Exit code 7 for anything but
-/// repetitions.
+/// is behind a later one of its key, and is not there before in the range. `unhandled`: the consumer does not know an event; it may have
+/// been dead-lettered, be of a type that nobody takes, or be older than the consumer remembers. `undecodable`: it is no event.
+/// Exit code 7 for anything but repetitions.
+///
+/// What is not found: an event that never came into the topic, as numbers have gaps (outbox status shows what waits); and, with
+/// a consumer that knows keys by their numbers, an event that was left behind later ones of its key.
 ///
 /// Examples:
 ///   eventctl -c sqlite://shop.db audit orders
@@ -65,6 +68,7 @@ struct Seen {
     n_repeated: u64,
     n_reordered: u64,
     n_unhandled: u64,
+    n_undecodable: u64,
 }
 
 impl Seen {
@@ -78,6 +82,17 @@ impl Seen {
             let key = event.key().map(|key| String::from_utf8_lossy(key.as_bytes()).into_owned());
             self.found.push(row! {"finding": what, "place": place, "id": event.id().to_string(), "key": key,
             "seq": event.extension("evt-seq"), "time": event.time().map(to_rfc3339)});
+        }
+    }
+
+    fn undecodable(&mut self, place: &str, max: usize) {
+        self.n_undecodable += 1;
+        if self.found.len() < max {
+            let nothing = Value::Null;
+            self.found.push(
+                row! {"finding": "undecodable", "place": place, "id": nothing.clone(), "key": nothing.clone(),
+                "seq": nothing.clone(), "time": nothing},
+            );
         }
     }
 
@@ -159,7 +174,7 @@ impl<'a> Consumer<'a> {
 /// Runs the command.
 ///
 /// # Errors
-/// Not found: the topic, the consumer. Check: something is lost or out of order.
+/// Not found: the topic, the consumer. Check: something is out of order, unreadable, or not handled.
 pub(crate) async fn run(session: &Session, audit: &Audit, out: &mut Out) -> Outcome {
     let store = match &audit.consumer {
         Some(_) => Some(audit.store.open(session).await?.inbox_operator()),
@@ -176,13 +191,16 @@ pub(crate) async fn run(session: &Session, audit: &Audit, out: &mut Out) -> Outc
     loop {
         let record = reader.next().await?;
         let is_over = record.is_none();
-        if let Some(record) = record
-            && let Some(event) = record.content.envelope()
-        {
+        if let Some(record) = record {
             let place = format!("{}/{}@{}", audit.topic, record.partition.0, record.offset.0);
-            seen.take(&place, event, audit.max);
-            if let Some(consumer) = &consumer {
-                asked.push((place, event.clone(), consumer.asked(&audit.topic, event)));
+            match record.content.envelope() {
+                Some(event) => {
+                    seen.take(&place, event, audit.max);
+                    if let Some(consumer) = &consumer {
+                        asked.push((place, event.clone(), consumer.asked(&audit.topic, event)));
+                    }
+                }
+                None => seen.undecodable(&place, audit.max),
             }
         }
         if let Some(consumer) = &consumer
@@ -196,13 +214,13 @@ pub(crate) async fn run(session: &Session, audit: &Audit, out: &mut Out) -> Outc
             break;
         }
     }
-    let Seen { n_events, n_numbered, n_repeated, n_reordered, n_unhandled, found, .. } = seen;
+    let Seen { n_events, n_numbered, n_repeated, n_reordered, n_unhandled, n_undecodable, found, .. } = seen;
     out.rows(found)?;
     say!(
         "{n_events} events, {n_numbered} of them numbered by an outbox: {n_repeated} repeated, {n_reordered} reordered, \
-         {n_unhandled} unhandled"
+         {n_unhandled} unhandled, {n_undecodable} undecodable"
     );
-    match n_reordered + n_unhandled {
+    match n_reordered + n_unhandled + n_undecodable {
         0 => Ok(()),
         n => Err(Failure::Check(format!("{n} events of {} are not as they should be", audit.topic))),
     }

@@ -46,7 +46,37 @@ pub(crate) struct Config {
     pub context: BTreeMap<String, Context>,
 }
 
+/// What an address names, without its options and who asks.
+fn place(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split('?').next()?.split_once("://")?;
+    let scheme = if scheme == "postgresql" { "postgres" } else { scheme };
+    let (path, host) = (rest.trim_end_matches('/'), rest.rsplit_once('@').map(|(_, host)| host));
+    Some(format!("{scheme}://{}", host.unwrap_or(path).trim_end_matches('/')))
+}
+
 impl Config {
+    /// A context that is as protected as those that name the same place, as their bus or as their outbox.
+    pub(crate) fn guarded(&self, url: &str, (mut name, mut context): (String, Context)) -> (String, Context) {
+        let is_there = |other: &Context| {
+            [Some(other.url.as_str()), other.outbox.as_deref()]
+                .into_iter()
+                .flatten()
+                .any(|its| place(its) == place(url))
+        };
+        for (other_name, other) in self.context.iter().filter(|(_, other)| is_there(other)) {
+            context.read_only |= other.read_only;
+            if other.protected && !context.protected {
+                (name, context.protected) = (other_name.clone(), true);
+            }
+        }
+        (name, context)
+    }
+
+    /// Whether a context is in use without being named.
+    pub(crate) fn has_current(&self) -> bool {
+        self.current.is_some()
+    }
+
     /// Where the user's configuration is.
     fn path(given: Option<&PathBuf>) -> Option<PathBuf> {
         let home = || {
@@ -118,19 +148,8 @@ impl Config {
             ));
         };
         if wanted.contains("://") {
-            // An address is as protected as the contexts that name the same place.
-            let place = |url: &str| url.split('?').next().map(str::to_owned);
-            let same = |context: &&Context| place(&context.url) == place(wanted);
-            let named: Vec<_> = self.context.iter().filter(|(_, context)| same(context)).collect();
-            let name = named.iter().find(|(_, context)| context.protected).map(|(name, _)| (*name).clone());
-            let context = Context {
-                url: wanted.to_owned(),
-                label: None,
-                protected: name.is_some(),
-                read_only: named.iter().any(|(_, context)| context.read_only),
-                outbox: None,
-            };
-            return Ok((name.unwrap_or_default(), context));
+            let context = Context { url: wanted.to_owned(), ..Context::default() };
+            return Ok(self.guarded(wanted, (String::new(), context)));
         }
         match self.context.get(wanted) {
             Some(context) => Ok((wanted.to_owned(), context.clone())),

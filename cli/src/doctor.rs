@@ -10,11 +10,14 @@ use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::row;
+use crate::store::Store;
 
 /// How long the canary may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Checks that the bus works and is set up to keep its promises: settings, counts, a canary round. Exit code 7 if not.
+///
+/// It looks at an outbox as well: that of --store, else of the context, else in the database of the bus if there is one.
 ///
 /// Examples:
 ///   eventctl -c sqlite://shop.db doctor -o table
@@ -22,6 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Doctor {
+    #[command(flatten)]
+    store: Store,
     /// Says what to do about each finding.
     #[arg(long)]
     fix_hints: bool,
@@ -69,6 +74,18 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
         let detail = flown.map_or_else(|problem| problem, |took| format!("{} ms", took.as_millis()));
         let probe = Probe::good("canary: publish, consume, settle", detail);
         probes.push(probe.or_bad(is_back, "look at the detail, then again with -v"));
+    }
+    match doctor.store.look(session).await {
+        Ok(Some(store)) => {
+            let mut found = store.operator().probes().await?;
+            found.iter_mut().for_each(|probe| probe.name.insert_str(0, "outbox: "));
+            probes.extend(found);
+        }
+        Ok(None) => {}
+        Err(failure) => {
+            let probe = Probe::good("outbox: read", failure);
+            probes.push(probe.or_bad(false, "look at the detail; eventctl outbox status"));
+        }
     }
     let is_bad = |probe: &&Probe| probe.verdict == Verdict::Bad;
     let failed: Vec<String> = probes.iter().filter(is_bad).map(|probe| probe.name.clone()).collect();

@@ -47,11 +47,14 @@ enum What {
     ///   eventctl -c sqlite://shop.db inbox forget 0193e4f2-7a1c-7000-8000-000000000001 --consumer billing.charge@1
     #[command(verbatim_doc_comment)]
     Forget {
-        /// The id of the event.
+        /// The id of the event, or what list shows.
         id: String,
-        /// Only this one; all without.
-        #[arg(long, value_name = "NAME")]
+        /// Only this one.
+        #[arg(long, value_name = "NAME", required_unless_present = "all")]
         consumer: Option<String>,
+        /// All consumers, of all services.
+        #[arg(long, conflicts_with = "consumer")]
+        all: bool,
         /// The source of the event, if its id is no UUID.
         #[arg(long, default_value = "/eventctl")]
         source: String,
@@ -59,9 +62,9 @@ enum What {
 }
 
 impl InboxCommand {
-    /// Whether the command line says where the inbox is.
-    pub(crate) fn names_store(&self) -> bool {
-        self.store.is_named()
+    /// Where it is, as far as the command line says.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
     }
 }
 
@@ -83,11 +86,11 @@ pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> O
         }
         What::List { consumer: Some(name), max } => {
             let consumers = inbox.consumers().await?;
-            if !consumers.iter().any(|seen| seen.consumer == *name) {
+            let Some(seen) = consumers.iter().find(|seen| seen.consumer == *name) else {
                 return Err(Failure::NotFound(format!("there is no consumer {name}")));
-            }
-            let handled = inbox.handled(name, *max).await?;
-            if !handled.is_empty() {
+            };
+            if seen.memory == "events" {
+                let handled = inbox.handled(name, *max).await?;
                 let rows = handled.iter().map(|one| row! {"event_id": one.event_id, "age_ms": one.age_ms});
                 return out.rows(rows.collect());
             }
@@ -97,11 +100,19 @@ pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> O
             });
             out.rows(rows.collect())
         }
-        What::Forget { id, consumer, source } => {
-            let event = Envelope::new("", source.clone()).with_id(EventId::parse(id));
-            gate.may_write()?;
-            match inbox.forget(consumer.as_deref(), outbox::known_by(&event)).await? {
-                0 => Err(Failure::NotFound(format!("nobody remembers {id}"))),
+        What::Forget { id, consumer, all, source } => {
+            // A UUID in any of its forms is what an event is known by; another id is known with its source.
+            let known_by = uuid::Uuid::try_parse(id).unwrap_or_else(|_| {
+                outbox::known_by(&Envelope::new("", source.clone()).with_id(EventId::parse(id)))
+            });
+            match all {
+                true => gate.may_destroy("what all consumers remember of", id)?,
+                false => gate.may_write()?,
+            }
+            match inbox.forget(consumer.as_deref(), known_by).await? {
+                0 => Err(Failure::NotFound(format!(
+                    "nobody remembers {id} by its id (of keys that are known by their numbers, none can be forgotten)"
+                ))),
                 n => {
                     say!("{n} consumers do not remember {id} any more");
                     Ok(())

@@ -36,6 +36,7 @@ use crate::context::{Care, Config, Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::out::{Color, Format, Out, say};
 use crate::progress::Style;
+use crate::store::Store;
 use crate::time::Time;
 
 /// Publish, tail, inspect, replay and redrive on the event bus.
@@ -222,18 +223,19 @@ async fn run(cli: &Cli) -> Outcome {
     };
     let care = || Care { confirm: cli.confirm.clone(), no_input: cli.no_input, dry_run: cli.dry_run };
     // A store that is named needs no bus beside it.
-    let gate = |is_named: bool| {
-        let found = config.find(cli.context.as_deref());
-        let (name, context) = if is_named { found.unwrap_or_default() } else { found? };
+    let gate = |store: &Store| {
+        let is_alone = store.is_named() && cli.context.is_none() && !config.has_current();
+        let found = if is_alone { Default::default() } else { config.find(cli.context.as_deref())? };
+        let (name, context) = store.named().map_or(found.clone(), |url| config.guarded(url, found));
         Ok::<_, Failure>(Gate { name, context, care: care() })
     };
     match &cli.command {
         Command::Outbox(command) if !command.relays() => {
-            return outbox::run(command, &gate(command.names_store())?, None, &mut out).await;
+            return outbox::run(command, &gate(command.store())?, None, &mut out).await;
         }
-        Command::Inbox(command) => return inbox::run(command, &gate(command.names_store())?, &mut out).await,
+        Command::Inbox(command) => return inbox::run(command, &gate(command.store())?, &mut out).await,
         Command::Publish(publish) if publish.via_outbox => {
-            let gate = gate(publish.store.is_named())?;
+            let gate = gate(&publish.store)?;
             let to = publish::To::Outbox(publish.store.open(&gate).await?);
             return publish::run(&gate, to, publish, &mut out, cli.quiet, cli.progress()).await;
         }

@@ -149,14 +149,14 @@ enum What {
         /// Its number.
         id: i64,
     },
-    /// Removes events that were set aside and are old. Without --execute it shows how many they are.
+    /// Removes events that were set aside long ago. Without --execute it shows how many they are.
     ///
     /// Examples:
     ///   eventctl -c sqlite://shop.db outbox purge --older-than 7d
-    ///   eventctl -c sqlite://shop.db outbox purge --older-than 7d --topic orders --execute
+    ///   eventctl -c sqlite://shop.db outbox purge --older-than 7d --topic orders --execute --confirm parked
     #[command(verbatim_doc_comment)]
     Purge {
-        /// How old at least.
+        /// For how long they have been set aside at least.
         #[arg(long, value_name = "DURATION", value_parser = range::duration)]
         older_than: Duration,
         /// Only of this topic.
@@ -174,9 +174,9 @@ impl OutboxCommand {
         matches!(self.what, What::Relay { .. })
     }
 
-    /// Whether the command line says where the outbox is.
-    pub(crate) fn names_store(&self) -> bool {
-        self.store.is_named()
+    /// Where it is, as far as the command line says.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
     }
 }
 
@@ -339,11 +339,11 @@ pub(crate) async fn run(
         What::Purge { older_than, topic, execute } => {
             let (topic, older_than) = (topic.as_ref(), *older_than);
             if !execute || gate.care.dry_run {
-                let n = operator.entries(Which::Parked, topic, older_than, u32::MAX).await?.len();
+                let n = operator.n_parked(topic, older_than).await?;
                 say!("{n} events that were set aside would be removed; --execute does it");
                 return Ok(());
             }
-            gate.may_write()?;
+            gate.may_destroy("what was set aside:", "parked")?;
             say!("{} events that were set aside are gone", operator.purge(topic, older_than).await?);
             Ok(())
         }

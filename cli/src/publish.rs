@@ -402,10 +402,24 @@ impl Sender<'_> {
                             say!("committed {} for {topic}: a relay publishes them", told.len());
                         }
                     }
-                    // All of them are committed, or none is.
+                    // All of them are committed, or none is; what comes later must not be committed without them.
                     Err(error) => {
-                        self.n_failed += told.len();
-                        say!("eventctl: {} events: {error}", told.len());
+                        let (n, first) = (told.len(), told.first().map(|(id, _)| id.to_string()));
+                        let said = match error.is_unknown() {
+                            true => format!(
+                                "{n} events from {} on are stored, or none of them: look before you repeat it: {error}",
+                                first.unwrap_or_default()
+                            ),
+                            false => {
+                                format!("{n} events were not stored, nor what comes after them: {error}")
+                            }
+                        };
+                        return Err(match self.n_stored {
+                            0 if !error.is_unknown() => Failure::Runtime(said),
+                            stored => {
+                                Failure::Partial(format!("{said}; {stored} events before them were stored"))
+                            }
+                        });
                     }
                 }
                 return Ok(());

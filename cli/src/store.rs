@@ -23,16 +23,35 @@ impl Store {
         self.store.is_some()
     }
 
+    /// The address that the command line says.
+    pub(crate) fn named(&self) -> Option<&str> {
+        self.store.as_deref()
+    }
+
+    /// Opens it, if there is one: one that nothing names may be in the database of the bus.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), where something names it.
+    pub(crate) async fn look(&self, gate: &Gate) -> Outcome<Option<AnyOutbox>> {
+        let is_named = self.is_named() || gate.context.outbox.is_some();
+        match self.open(gate).await {
+            Ok(store) => Ok(Some(store)),
+            Err(failure) if is_named => Err(failure),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// Opens it.
     ///
     /// # Errors
     /// Usage: nothing says where it is. Connect: it cannot be reached. Others: there are no tables, or not ours.
     pub(crate) async fn open(&self, gate: &Gate) -> Outcome<AnyOutbox> {
         let bus = Some(gate.context.url.as_str()).filter(|url| !url.is_empty());
-        let bus = bus.and_then(|url| url.split('?').next());
-        let url = self.store.as_deref().or(gate.context.outbox.as_deref()).or(bus).ok_or_else(|| {
-            Failure::Usage("no outbox: give --store with its database, or -c with a context".into())
-        })?;
+        let bus = bus.map(with_tls_alone);
+        let url =
+            self.store.as_deref().or(gate.context.outbox.as_deref()).or(bus.as_deref()).ok_or_else(|| {
+                Failure::Usage("no outbox: give --store with its database, or -c with a context".into())
+            })?;
         let options = Options::default().with_namespace(Namespace::new(&self.namespace)?);
         let outbox = AnyOutbox::open(url, options).await.map_err(|error| match error.kind() {
             eventbus::ErrorKind::Config | eventbus::ErrorKind::Unsupported => error.into(),
@@ -40,5 +59,27 @@ impl Store {
         })?;
         outbox.verify().await?;
         Ok(outbox)
+    }
+}
+
+/// The address of a bus as one of a database: of its options those of TLS, which are libpq's.
+fn with_tls_alone(url: &str) -> String {
+    let Some((place, options)) = url.split_once('?') else { return url.to_owned() };
+    let of_tls = ["sslmode", "sslrootcert", "sslcert", "sslkey"];
+    let is_of_tls = |option: &&str| of_tls.contains(&option.split('=').next().unwrap_or_default());
+    let kept: Vec<&str> = options.split('&').filter(is_of_tls).collect();
+    if kept.is_empty() { place.to_owned() } else { format!("{place}?{}", kept.join("&")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::with_tls_alone;
+
+    #[test]
+    fn a_database_is_reached_as_safely_as_the_bus() {
+        let bus = "postgres://me@db/shop?declare=create&sslmode=verify-full&sslrootcert=ca.pem";
+        assert_eq!(with_tls_alone(bus), "postgres://me@db/shop?sslmode=verify-full&sslrootcert=ca.pem");
+        assert_eq!(with_tls_alone("sqlite://shop.db?wait=1"), "sqlite://shop.db");
+        assert_eq!(with_tls_alone("sqlite://shop.db"), "sqlite://shop.db");
     }
 }

@@ -1,5 +1,10 @@
 //! What the errors of databases mean, where they are reached through `sqlx`.
 
+#[cfg(feature = "sqlx-postgres")]
+mod postgres;
+
+#[cfg(feature = "sqlx-postgres")]
+pub use self::postgres::postgres_probes;
 use crate::error::{Error, ErrorKind};
 
 /// Classes an error once, where its code is known.

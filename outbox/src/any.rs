@@ -29,7 +29,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 
 impl AnyOutbox {
     /// Opens the database that an address names: `postgres://user:password@host/database` with the options of libpq, or
-    /// `sqlite://file.db`, which must exist.
+    /// `sqlite://file.db`, which must exist. Off loopback, `sslmode` is `verify-full` where none is named, or `allow`
+    /// or `prefer`.
     ///
     /// # Errors
     /// [`Config`](ErrorKind::Config) for an address that is none; [`Unsupported`](ErrorKind::Unsupported) for a database
@@ -43,6 +44,7 @@ impl AnyOutbox {
             #[cfg(feature = "postgres")]
             Some("postgres" | "postgresql") => {
                 let connect = sqlx::postgres::PgConnectOptions::from_str(url).map_err(not_an_address)?;
+                let connect = verified(connect);
                 let pool = sqlx::postgres::PgPoolOptions::new()
                     .max_connections(CONNECTIONS)
                     .acquire_timeout(TIMEOUT);
@@ -129,6 +131,20 @@ impl AnyOutbox {
             #[cfg(feature = "sqlite")]
             Self::Sqlite(outbox) => publish(outbox, events).await,
         }
+    }
+}
+
+/// Off this machine, who answers must be who was called, unless the address says otherwise.
+#[cfg(feature = "postgres")]
+fn verified(options: sqlx::postgres::PgConnectOptions) -> sqlx::postgres::PgConnectOptions {
+    use sqlx::postgres::PgSslMode;
+    let host = options.get_host();
+    let is_here = host.starts_with('/')
+        || host == "localhost"
+        || host.trim_matches(['[', ']']).parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+    match options.get_ssl_mode() {
+        PgSslMode::Prefer | PgSslMode::Allow if !is_here => options.ssl_mode(PgSslMode::VerifyFull),
+        _ => options,
     }
 }
 

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::ops::DerefMut;
 use std::sync::Arc;
 
+use eventbus::fitness::Probe;
 use eventbus::sql::{from_sqlx, is_unknown};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{Database, Pool};
@@ -117,6 +118,10 @@ pub trait Backend: Database + sealed::Sealed {
     /// Whether there are tables; an error if they are not ours to use.
     #[doc(hidden)]
     fn verify(pool: &Pool<Self>, namespace: &Namespace) -> impl Future<Output = Result<bool>> + Send;
+
+    /// What can be said of the server, or of the file.
+    #[doc(hidden)]
+    fn probes(pool: &Pool<Self>) -> impl Future<Output = Result<Vec<Probe>>> + Send;
 
     /// The words in which databases differ.
     #[doc(hidden)]

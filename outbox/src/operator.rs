@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use eventbus::fitness::Probe;
 use eventbus::{Error, ErrorKind, Result, Topic};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -147,8 +148,14 @@ pub trait Operator: fmt::Debug + Send + Sync {
     /// Removes an event that was set aside, for good. `false` = it is not set aside.
     async fn discard(&self, id: RowId) -> Result<bool>;
 
-    /// Removes events that were set aside, of a topic or all, and are of at least an age, for good. Returns how many.
+    /// Counts events that were set aside, of a topic or all, for at least a time.
+    async fn n_parked(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64>;
+
+    /// Removes events that were set aside, of a topic or all, for at least a time; for good. Returns how many.
     async fn purge(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64>;
+
+    /// Says whether it can be trusted: the database, who publishes, what waits for too long.
+    async fn probes(&self) -> Result<Vec<Probe>>;
 
     /// Transactions that hold something back, with their age: keys that are held, and how far relays may read.
     async fn blockers(&self) -> Result<Vec<String>>;
@@ -175,6 +182,8 @@ pub struct Dialect {
     pub(crate) hex: &'static str,
     /// An id as a literal, of its hexadecimal digits.
     pub(crate) id: &'static str,
+    /// A text as a literal, of its bytes in hexadecimal digits.
+    pub(crate) utf8: &'static str,
     /// A value as JSON has it where an object is made.
     pub(crate) text: &'static str,
     pub(crate) bool: &'static str,
@@ -183,6 +192,8 @@ pub struct Dialect {
     pub(crate) is_owned: fn() -> String,
     /// Milliseconds since the last word of a relay `r`.
     pub(crate) silent_ms: fn() -> String,
+    /// After a query: its rows stay as they are until the end.
+    pub(crate) lock: &'static str,
     /// Between the columns and the values of an insert that gives an id of its own.
     pub(crate) own_id: &'static str,
     pub(crate) blockers: &'static str,
@@ -212,6 +223,7 @@ impl<Db: Backend> Desk<Db> {
         let functions = [
             ("SINCE(", dialect.since_ms),
             ("HEX(", dialect.hex),
+            ("UTF8(", dialect.utf8),
             ("TEXT(", dialect.text),
             ("BOOL(", dialect.bool),
         ];
@@ -259,16 +271,18 @@ fn call(text: &str, name: &str, by: &str) -> String {
     done + rest
 }
 
-/// A text as a literal.
-pub(crate) fn quoted(text: &str) -> String {
+/// A text as a literal: of its bytes, in which nothing stands that statements are made of.
+pub(crate) fn literal(text: &str) -> String {
     let printable: String = text.chars().filter(|char| !char.is_control()).take(1024).collect();
-    format!("'{}'", printable.replace('\'', "''"))
+    let hex: String = printable.bytes().map(|byte| format!("{byte:02x}")).collect();
+    format!("UTF8({hex})")
 }
 
-/// Rows of a table, whose name stands before its columns, that are of an age at least, and of a topic.
-fn of_age(table: &str, topic: Option<&Topic>, older_than: Duration) -> String {
-    let of = topic.map(|topic| format!(" AND {table}topic = {}", quoted(topic.as_str()))).unwrap_or_default();
-    format!("SINCE({table}created_at) >= {}{of}", older_than.as_millis())
+/// Rows of a table, whose name stands before its columns, that are of an age at least since a time, and of a topic.
+fn of_age(table: &str, since: &str, topic: Option<&Topic>, older_than: Duration) -> String {
+    let of =
+        topic.map(|topic| format!(" AND {table}topic = {}", literal(topic.as_str()))).unwrap_or_default();
+    format!("SINCE({table}{since}) >= {}{of}", older_than.as_millis())
 }
 
 const PENDING: &str =
@@ -302,7 +316,7 @@ impl<Db: Backend> Operator for Desk<Db> {
         older_than: Duration,
         max: u32,
     ) -> Result<Vec<Entry>> {
-        let filter = of_age("e.", topic, older_than);
+        let filter = of_age("e.", "created_at", topic, older_than);
         let order = format!(" ORDER BY e.id LIMIT {max}");
         let sql = match which {
             Which::Pending => self.entries_sql(PENDING, OF_PENDING, &filter),
@@ -343,7 +357,7 @@ impl<Db: Backend> Operator for Desk<Db> {
     }
 
     async fn release(&self, relay: &str) -> Result<u64> {
-        let relay = quoted(relay);
+        let relay = literal(relay);
         self.change(&[
             format!("DELETE FROM EVToutbox_relay WHERE relay = {relay}"),
             format!("UPDATE EVToutbox_shard SET owner = NULL WHERE owner = {relay}"),
@@ -352,9 +366,11 @@ impl<Db: Backend> Operator for Desk<Db> {
     }
 
     async fn park(&self, id: RowId, reason: &str) -> Result<bool> {
-        let (id, reason) = (id.0, quoted(reason));
+        let (id, reason) = (id.0, literal(reason));
         let n_parked = self
             .change(&[
+                // A relay that notes it as published waits for us, or we find it gone.
+                format!("SELECT 1 FROM EVToutbox WHERE id = {id} {}", Db::DIALECT.lock),
                 format!(
                     "INSERT INTO EVToutbox_parked ({EVENT}, attempts, error) SELECT {EVENT}, coalesce((SELECT attempts FROM EVToutbox_blocked
                       WHERE head_id = {id}), 0), {reason} FROM EVToutbox WHERE id = {id}"
@@ -385,8 +401,18 @@ impl<Db: Backend> Operator for Desk<Db> {
     }
 
     async fn purge(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64> {
-        let filter = of_age("", topic, older_than);
+        let filter = of_age("", "parked_at", topic, older_than);
         self.change(&[format!("DELETE FROM EVToutbox_parked WHERE {filter}")]).await
+    }
+
+    async fn probes(&self) -> Result<Vec<Probe>> {
+        self.look().await
+    }
+
+    async fn n_parked(&self, topic: Option<&Topic>, older_than: Duration) -> Result<u64> {
+        let filter = of_age("p.", "parked_at", topic, older_than);
+        let sql = format!("SELECT OBJECT('n', (SELECT count(*) FROM EVToutbox_parked p WHERE {filter}))");
+        Ok(self.ask::<Count>(&sql).await?.pop().map_or(0, |count| count.n))
     }
 
     async fn blockers(&self) -> Result<Vec<String>> {
@@ -395,6 +421,11 @@ impl<Db: Backend> Operator for Desk<Db> {
             sql => self.ask(sql).await,
         }
     }
+}
+
+#[derive(Deserialize)]
+struct Count {
+    n: u64,
 }
 
 #[derive(Deserialize)]

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use uuid::Uuid;
 
 use crate::backend::Backend;
-use crate::operator::{Desk, quoted};
+use crate::operator::{Desk, literal};
 use crate::outbox::Outbox;
 use crate::row::dedup_id;
 
@@ -91,7 +91,7 @@ struct Known {
 }
 
 /// An id as a literal of the database.
-fn literal<Db: Backend>(id: &Uuid) -> String {
+fn literal_id<Db: Backend>(id: &Uuid) -> String {
     Db::DIALECT.id.replace("{}", &id.simple().to_string())
 }
 
@@ -113,7 +113,7 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
         self.ask(&format!(
             "SELECT OBJECT('event_id', HEX(i.message_id), 'age_ms', SINCE(i.seen_at)) FROM EVTinbox i
             WHERE i.consumer = {} ORDER BY i.seen_at DESC LIMIT {max}",
-            quoted(consumer)
+            literal(consumer)
         ))
         .await
     }
@@ -122,7 +122,7 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
         self.ask(&format!(
             "SELECT OBJECT('source', k.source, 'key', HEX(k.key), 'last_seq', k.last_seq, 'age_ms', SINCE(k.seen_at))
             FROM EVTkey_progress k WHERE k.consumer = {} ORDER BY k.seen_at DESC LIMIT {max}",
-            quoted(consumer)
+            literal(consumer)
         ))
         .await
     }
@@ -131,11 +131,11 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let list: Vec<String> = ids.iter().map(literal::<Db>).collect();
+        let list: Vec<String> = ids.iter().map(literal_id::<Db>).collect();
         let known: Vec<Known> = self
             .ask(&format!(
                 "SELECT OBJECT('id', HEX(i.message_id)) FROM EVTinbox i WHERE i.consumer = {} AND i.message_id IN ({})",
-                quoted(consumer),
+                literal(consumer),
                 list.join(", ")
             ))
             .await?;
@@ -145,9 +145,9 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
     async fn forget(&self, consumer: Option<&str>, id: Uuid) -> Result<u64> {
         let of = consumer.map_or_else(
             || "consumer IN (SELECT consumer FROM EVTconsumer)".to_owned(),
-            |consumer| format!("consumer = {}", quoted(consumer)),
+            |consumer| format!("consumer = {}", literal(consumer)),
         );
-        self.change(&[format!("DELETE FROM EVTinbox WHERE {of} AND message_id = {}", literal::<Db>(&id))])
+        self.change(&[format!("DELETE FROM EVTinbox WHERE {of} AND message_id = {}", literal_id::<Db>(&id))])
             .await
     }
 }

@@ -79,18 +79,26 @@ async fn what_consumers_remember_is_seen_and_forgotten() {
     assert!(text(&sound.stderr).contains("3 events, 3 of them numbered"), "{}", text(&sound.stderr));
 
     let id = shell.lines(&["tail", "orders", "--full"])[1]["ce"]["id"].as_str().unwrap().to_owned();
-    let dry = shell.run(&["inbox", "forget", &id, "--dry-run"]);
+    let dry = shell.run(&["inbox", "forget", &id, "--consumer", name, "--dry-run"]);
     assert!(dry.status.success() && shell.lines(&of_one).len() == 3);
     assert_eq!(shell.run(&["inbox", "forget", &id, "--consumer", "nobody"]).status.code(), Some(4));
     shell.ok(&["inbox", "forget", &id, "--consumer", name]);
     assert_eq!(shell.lines(&of_one).len(), 2);
-    assert_eq!(shell.run(&["inbox", "forget", &id]).status.code(), Some(4), "nobody remembers it");
+    assert_eq!(shell.run(&["inbox", "forget", &id]).status.code(), Some(2), "of whom must be said");
+    let all = ["inbox", "forget", &id, "--all"];
+    assert_eq!(shell.run(&all).status.code(), Some(5), "nobody confirmed it");
+    let all = [&all[..], &["--confirm", &id]].concat();
+    assert_eq!(shell.run(&all).status.code(), Some(4), "nobody remembers it");
     let lost = shell.run(&audit);
     let found: Value = serde_json::from_slice(&lost.stdout).unwrap();
     assert_eq!(
         (lost.status.code(), &found["finding"], &found["id"]),
         (Some(7), &"unhandled".into(), &id.into())
     );
+    // As it is listed.
+    let listed = shell.lines(&of_one)[0]["event_id"].as_str().unwrap().to_owned();
+    shell.ok(&["inbox", "forget", &listed, "--consumer", name]);
+    assert_eq!(shell.lines(&of_one).len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -136,12 +144,14 @@ async fn what_was_set_aside_is_removed_when_it_is_old() {
     let planned = purge(&["--older-than", "0s"]);
     assert!(text(&planned.stderr).contains("1 events") && n_parked() == 1, "{}", text(&planned.stderr));
     for spared in [
-        ["--older-than", "1h", "--execute"].as_slice(),
-        &["--older-than", "0s", "--topic", "others", "--execute"],
+        ["--older-than", "1h", "--execute", "--confirm", "parked"].as_slice(),
+        &["--older-than", "0s", "--topic", "others", "--execute", "--confirm", "parked"],
     ] {
         assert!(purge(spared).status.success() && n_parked() == 1);
     }
-    assert!(purge(&["--older-than", "0s", "--topic", "orders", "--execute"]).status.success());
+    let all = ["--older-than", "0s", "--topic", "orders", "--execute"];
+    assert_eq!((purge(&all).status.code(), n_parked()), (Some(5), 1), "nobody confirmed it");
+    assert!(purge(&[&all[..], &["--confirm", "parked"]].concat()).status.success());
     assert_eq!((n_parked(), shell.lines(&["outbox", "list"]).len()), (0, 1), "what waits stays");
 }
 
@@ -176,4 +186,55 @@ async fn an_outbox_takes_what_is_published_while_the_bus_is_away() {
     assert!(text(&large.stderr).contains("too large"), "{}", text(&large.stderr));
     shell.ok(&["outbox", "relay", "--once"]);
     assert_eq!(shell.lines(&["tail", "orders"]).len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_is_as_protected_as_the_contexts_that_name_it() {
+    let shell = Shell::new();
+    let store = shell.url("a");
+    let outbox = furnish(&store).await;
+    publish(&outbox, 1).await;
+    let id = shell.lines(&["outbox", "list"])[0]["id"].to_string();
+    shell.ok(&["context", "add", "dev", &shell.url("b"), "--use"]);
+    shell.ok(&["context", "add", "prod", "amqp://127.0.0.1:1", "--outbox", &store, "--protected"]);
+    // Not by its context, but by its address.
+    let park = ["outbox", "--store", &store, "park", &id, "--reason", "EVT HEX(1) NOW() it's"];
+    let refused = |more: &[&str]| {
+        let run =
+            shell.command(&[&park[..], more].concat()).stdin(std::process::Stdio::null()).output().unwrap();
+        (run.status.code(), text(&run.stderr))
+    };
+    let (code, said) = refused(&[]);
+    assert_eq!(code, Some(5), "{said}");
+    assert!(said.contains("--confirm prod"), "{said}");
+    let (code, said) = refused(&["-c", "prdo"]);
+    assert_eq!(code, Some(2), "a name that is mistyped protects nothing: {said}");
+    let (code, said) = refused(&["--confirm", "prod"]);
+    assert_eq!(code, Some(0), "{said}");
+    let parked = shell.lines(&["outbox", "--store", &store, "list", "--state", "parked"]);
+    assert_eq!(parked[0]["error"], "EVT HEX(1) NOW() it's");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn doctor_looks_at_the_outbox_too() {
+    let shell = Shell::new();
+    let outbox = furnish(&shell.url("a")).await;
+    let state = |checks: &[Value], name: &str| {
+        let found = checks.iter().find(|check| check["check"] == name);
+        found.unwrap_or_else(|| panic!("no {name} in {checks:?}"))["state"].as_str().unwrap().to_owned()
+    };
+    let sound = shell.lines(&["doctor"]);
+    assert!(sound.iter().all(|check| check["state"] == "ok"), "{sound:?}");
+    assert_eq!(state(&sound, "outbox: database: integrity"), "ok");
+    // Something waits, and nobody publishes it.
+    publish(&outbox, 1).await;
+    let waits = shell.run(&["doctor", "--fix-hints", "-o", "json"]);
+    assert_eq!(waits.status.code(), Some(7), "{}", text(&waits.stderr));
+    let checks: Vec<Value> = serde_json::from_slice(&waits.stdout).unwrap();
+    assert_eq!(state(&checks, "outbox: relays"), "FAILED");
+    shell.ok(&["outbox", "relay", "--once"]);
+    assert_eq!(shell.run(&["doctor"]).status.code(), Some(0));
+    let missing = shell.run(&["doctor", "--store", &shell.url("none"), "-o", "json"]);
+    let checks: Vec<Value> = serde_json::from_slice(&missing.stdout).unwrap();
+    assert_eq!((missing.status.code(), state(&checks, "outbox: read").as_str()), (Some(7), "FAILED"));
 }

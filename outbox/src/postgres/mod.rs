@@ -5,7 +5,8 @@ mod store;
 
 use std::sync::Arc;
 
-use eventbus::sql::from_sqlx;
+use eventbus::fitness::Probe;
+use eventbus::sql::{from_sqlx, postgres_probes};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row as _};
 
@@ -195,17 +196,24 @@ impl Backend for Postgres {
         Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
     }
 
+    async fn probes(pool: &PgPool) -> Result<Vec<Probe>> {
+        let mut connection = pool.acquire().await.map_err(from_sqlx)?;
+        postgres_probes(&mut connection).await
+    }
+
     const DIALECT: Dialect = Dialect {
         object: "json_build_object(",
         separator: '.',
         since_ms: "(extract(epoch FROM clock_timestamp() - {}) * 1000)::bigint",
         hex: "replace(replace({}::text, '-', ''), '\\x', '')",
         id: "'{}'",
+        utf8: "convert_from('\\x{}'::bytea, 'UTF8')",
         text: "({})::text",
         bool: "{}",
         now: "now()",
         is_owned: || "owner IS NOT NULL AND lease_until > clock_timestamp()".to_owned(),
         silent_ms: || "(extract(epoch FROM clock_timestamp() - r.seen_at) * 1000)::bigint".to_owned(),
+        lock: "FOR UPDATE",
         own_id: "OVERRIDING SYSTEM VALUE",
         blockers: BLOCKERS,
     };

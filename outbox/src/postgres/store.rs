@@ -41,6 +41,7 @@ struct Sql {
     alive: Arc<str>,
     lease: Arc<str>,
     surplus: Arc<str>,
+    orphans: Arc<str>,
     release: Arc<str>,
     leave: Arc<str>,
     claim: Arc<str>,
@@ -81,6 +82,9 @@ impl Sql {
                   ORDER BY (owner IS DISTINCT FROM $1), random() LIMIT $3 FOR NO KEY UPDATE SKIP LOCKED)
                 RETURNING s.shard, s.epoch"),
             surplus: sql("SELECT shard FROM evt.outbox_shard WHERE owner = $1 AND shard <> ALL ($2::smallint[])"),
+            // A note that a key is blocked may be written while the event is removed, as neither sees the other.
+            orphans: sql("DELETE FROM evt.outbox_blocked b WHERE b.shard = ANY ($1::smallint[])
+                AND NOT EXISTS (SELECT 1 FROM evt.outbox o WHERE o.shard = b.shard AND o.id = b.head_id)"),
             release: sql("UPDATE evt.outbox_shard SET owner = NULL, lease_until = '-infinity' WHERE owner = $1 AND shard = ANY ($2::smallint[])"),
             leave: sql("WITH gone AS (DELETE FROM evt.outbox_relay WHERE relay = $1)
                 UPDATE evt.outbox_shard SET owner = NULL, lease_until = '-infinity' WHERE owner = $1"),
@@ -212,6 +216,8 @@ impl Store for PostgresStore {
             shards.push((shard(row)?, row.try_get(1).map_err(from_sqlx)?));
         }
         let ours: Vec<i16> = shards.iter().map(|(shard, _)| i16::from(shard.0)).collect();
+        let orphans = sqlx::query(AssertSqlSafe(self.sql.orphans.clone())).bind(&ours);
+        orphans.execute(&mut *connection).await.map_err(from_sqlx)?;
         let surplus = sqlx::query(AssertSqlSafe(self.sql.surplus.clone())).bind(relay).bind(ours);
         let surplus = surplus.fetch_all(&mut *connection).await.map_err(from_sqlx)?;
         Ok(Leased { shards, surplus: surplus.iter().map(shard).collect::<Result<_>>()? })

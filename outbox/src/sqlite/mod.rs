@@ -5,6 +5,7 @@ mod writer;
 
 use std::sync::Arc;
 
+use eventbus::fitness::Probe;
 use eventbus::sql::from_sqlx;
 use eventbus::time::{boot_id, since_boot};
 use eventbus::{Error, ErrorKind, Result};
@@ -208,12 +209,29 @@ impl Backend for Sqlite {
         Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
     }
 
+    async fn probes(pool: &SqlitePool) -> Result<Vec<Probe>> {
+        let ask = |sql: &'static str| sqlx::query_scalar::<_, String>(sql).fetch_one(pool);
+        let whole = ask("PRAGMA quick_check(1)").await.map_err(from_sqlx)?;
+        let journal = ask("PRAGMA journal_mode").await.map_err(from_sqlx)?;
+        Ok(vec![
+            Probe::good("integrity", &whole).or_bad(
+                whole == "ok",
+                "stop the programs, keep a copy of the file, and restore the last good one",
+            ),
+            Probe::good("journal mode", &journal).or_doubtful(
+                journal == "wal",
+                "set journal_mode=WAL: else who reads and who writes wait for each other",
+            ),
+        ])
+    }
+
     const DIALECT: Dialect = Dialect {
         object: "json_object(",
         separator: '_',
         since_ms: "CAST(unixepoch('subsec') * 1000 - {} AS INTEGER)",
         hex: "iif({} IS NULL, NULL, lower(hex({})))",
         id: "x'{}'",
+        utf8: "CAST(x'{}' AS TEXT)",
         text: "{}",
         bool: "json(iif({}, 'true', 'false'))",
         now: "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
@@ -222,6 +240,7 @@ impl Backend for Sqlite {
             format!("owner IS NOT NULL AND boot = '{boot}' AND lease_until > {now}")
         },
         silent_ms: || format!("{} - r.seen_at", since_boot().as_millis()),
+        lock: "",
         own_id: "",
         blockers: "",
     };

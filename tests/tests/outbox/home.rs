@@ -39,6 +39,9 @@ pub(crate) trait Home: Backend {
     /// What stands before the names of the outbox's tables.
     fn tables(namespace: &Namespace) -> String;
 
+    /// Makes all events of the outbox a day older.
+    const AGED_OUTBOX: &str;
+
     /// Makes the oldest rows of the inbox older.
     fn aged(n_rows: u32, seconds: u32) -> String;
 }
@@ -71,6 +74,8 @@ impl Home for Sqlite {
     fn tables(namespace: &Namespace) -> String {
         format!("{namespace}_")
     }
+
+    const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - 86400000";
 
     fn aged(n_rows: u32, seconds: u32) -> String {
         format!(
@@ -106,6 +111,8 @@ impl Home for Postgres {
     fn tables(namespace: &Namespace) -> String {
         format!("{namespace}.")
     }
+
+    const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - interval '1 day'";
 
     fn aged(n_rows: u32, seconds: u32) -> String {
         format!(

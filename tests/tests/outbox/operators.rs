@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use eventbus::ErrorKind;
+use eventbus::{ErrorKind, Topic};
 use outbox::{Operator as _, RowId, Which};
 
 use crate::home::{Cx, Does, Home};
@@ -90,6 +90,23 @@ pub(crate) async fn operators_give_up_what_nobody_wants<Db: Home>(cx: Cx<Db>) {
     assert!(operator.park(id, "test").await.unwrap());
     assert!(operator.discard(id).await.unwrap());
     assert!(operator.entry(id).await.unwrap().is_none());
+    // What was set aside a moment ago stays, however old it is; nor is another topic taken for one whose name looks like tables.
+    for topic in ["EVTorders", "evt.orders", "evt_orders"] {
+        let mut tx = cx.outbox.begin().await.unwrap();
+        tx.publish_envelope(&Topic::new(topic).unwrap(), cx.event("a", 3)).unwrap();
+        tx.commit().await.unwrap();
+        let id = RowId(cx.number("SELECT min(id) FROM EVToutbox").await);
+        cx.run(Db::AGED_OUTBOX).await;
+        let reason = "EVT HEX(1) NOW() it's";
+        assert!(operator.park(id, reason).await.unwrap());
+        let parked = operator.entry(id).await.unwrap().unwrap().0;
+        assert_eq!((parked.topic.as_str(), parked.error.as_deref()), (topic, Some(reason)));
+    }
+    let (topic, hour) = (Topic::new("EVTorders").unwrap(), Duration::from_secs(3600));
+    assert_eq!(operator.purge(None, hour).await.unwrap(), 0);
+    assert_eq!(operator.n_parked(Some(&topic), Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(operator.purge(Some(&topic), Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(operator.n_parked(None, Duration::ZERO).await.unwrap(), 2);
     // The shards of a relay that is known to be gone.
     let store = cx.store().await;
     store.lease("dead", Duration::from_secs(600)).await.unwrap();

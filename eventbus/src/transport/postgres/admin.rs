@@ -1,5 +1,6 @@
 //! Administration of the database: works while programs use it.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
@@ -14,7 +15,7 @@ use crate::error::Result;
 use crate::fitness::Probe;
 use crate::name::{Group, Key, Topic};
 use crate::partition::{self, PartitionId};
-use crate::sql::from_sqlx;
+use crate::sql::{from_sqlx, postgres_probes};
 use crate::time::to_nanos;
 use crate::transport::kit::refusals;
 use crate::transport::kit::texts::Texts;
@@ -275,7 +276,10 @@ impl Admin for Postgres {
     }
 
     async fn probes(&self) -> Result<Vec<Probe>> {
-        self.store.probes().await
+        let look = |store: Arc<Store>| async move {
+            postgres_probes(&mut *store.pool.acquire().await.map_err(from_sqlx)?).await
+        };
+        self.store.run(look).await
     }
 
     async fn wait(&self, topic: &Topic, positions: &[(PartitionId, Offset)], within: Duration) -> Result<()> {

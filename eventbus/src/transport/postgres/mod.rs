@@ -25,7 +25,6 @@
 //! `postgres-tls`.
 
 mod admin;
-mod fitness;
 mod leases;
 mod membership;
 mod publisher;
