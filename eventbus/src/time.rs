@@ -3,7 +3,7 @@
 #[cfg(any(test, feature = "boot-clock", feature = "postgres"))]
 use std::time::Duration;
 use std::time::SystemTime;
-#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
+#[cfg(any(test, feature = "sqlite", feature = "sqlx-postgres"))]
 use std::time::UNIX_EPOCH;
 
 /// Writes a time as RFC 3339 in UTC, with as many digits as it needs.
@@ -33,7 +33,7 @@ pub fn boot_id() -> String {
 }
 
 /// Nanoseconds since 1970; of times out of range the nearest.
-#[cfg(any(test, feature = "postgres", feature = "sqlite"))]
+#[cfg(any(test, feature = "sqlite", feature = "sqlx-postgres"))]
 pub(crate) fn to_nanos(time: SystemTime) -> i64 {
     match time.duration_since(UNIX_EPOCH) {
         Ok(after) => i64::try_from(after.as_nanos()).unwrap_or(i64::MAX),
