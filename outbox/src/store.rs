@@ -30,6 +30,8 @@ pub struct Claim {
     pub full: Vec<(String, Bytes)>,
     /// Most events.
     pub max_events: usize,
+    /// Most events of one shard, for stores that go through them one by one: so that many keys are in hand.
+    pub max_of_shard: usize,
     /// Most bytes; one event is given however large it is.
     pub max_bytes: usize,
 }
@@ -37,7 +39,7 @@ pub struct Claim {
 impl Claim {
     /// Asks for events of shards, of which none is held yet.
     pub fn new(shards: Vec<Shard>, max_events: usize, max_bytes: usize) -> Self {
-        Self { shards, held: Vec::new(), full: Vec::new(), max_events, max_bytes }
+        Self { shards, held: Vec::new(), full: Vec::new(), max_events, max_of_shard: max_events, max_bytes }
     }
 }
 

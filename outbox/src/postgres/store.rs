@@ -105,7 +105,7 @@ impl Sql {
                         AND (o.topic, o.key) NOT IN (SELECT x.topic, x.key FROM unnest($6::text[], $7::bytea[]) AS x (topic, key))
                         AND (o.topic, o.key) NOT IN (SELECT b.topic, b.key FROM evt.outbox_blocked b WHERE b.shard = ANY ($1::smallint[])
                           AND b.retry_at > now() AND b.retry_at <= now() + {LONGEST_WAIT})
-                      ORDER BY o.id LIMIT $4) o
+                      ORDER BY o.id LIMIT $9) o
                     ORDER BY s.place, o.id LIMIT $4) f) q
                 WHERE total - size < $5 ORDER BY place, id")),
             settle: sql(&format!("{OWNED}, ids AS MATERIALIZED (
@@ -248,7 +248,8 @@ impl Store for PostgresStore {
             .bind(i64::try_from(claim.max_bytes).unwrap_or(i64::MAX))
             .bind(claim.full.iter().map(|(topic, _)| topic.as_str()).collect::<Vec<_>>())
             .bind(claim.full.iter().map(|(_, key)| key.as_ref()).collect::<Vec<&[u8]>>())
-            .bind(life);
+            .bind(life)
+            .bind(i64::try_from(claim.max_of_shard).unwrap_or(i64::MAX));
         let rows = query.fetch_all(&mut *connection).await.map_err(from_sqlx)?;
         *self.busy.lock() = !rows.is_empty();
         rows.iter().map(pending).collect::<sqlx::Result<_>>().map_err(from_sqlx)

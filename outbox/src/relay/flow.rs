@@ -121,6 +121,8 @@ pub(crate) struct Flow {
     /// The next claim begins behind it: so that shards with much to do do not starve those behind them, and what is held of
     /// them is not read past again at once.
     claimed_up_to: Shard,
+    /// Most events of a shard in a claim.
+    share: usize,
     /// What is ours, and what is only to be brought to its end.
     owned: HashMap<Shard, i64>,
     leaving: HashMap<Shard, i64>,
@@ -145,6 +147,7 @@ impl Flow {
         Self {
             policy,
             claimed_up_to: Shard(0),
+            share: 0,
             owned: HashMap::new(),
             leaving: HashMap::new(),
             held: HashMap::new(),
@@ -210,7 +213,10 @@ impl Flow {
         shards.sort_unstable();
         let first = shards.partition_point(|shard| *shard <= self.claimed_up_to);
         shards.rotate_left(first);
+        let fair = self.policy.batch_events.saturating_mul(2).div_ceil(shards.len());
+        self.share = self.share.clamp(fair.min(self.policy.batch_events), self.policy.batch_events);
         let mut claim = Claim::new(shards, self.policy.batch_events, self.policy.batch_bytes);
+        claim.max_of_shard = self.share;
         claim.held = self.held.keys().copied().collect();
         let full = self.lanes.iter().filter(|(_, waiting)| waiting.rows.len() >= FULL_LANE);
         claim.full = full.map(|(lane, _)| (lane.0.clone(), lane.1.clone())).collect();
@@ -222,6 +228,12 @@ impl Flow {
     pub(crate) fn claimed(&mut self, rows: Vec<Pending>) {
         if let Some(last) = rows.last() {
             self.claimed_up_to = last.shard;
+            // Of one shard more is taken where there is not enough of all: a few keys of one shard would fill the hand else, and
+            // each has one event on its way.
+            self.share = match rows.len() >= self.policy.batch_events.div_ceil(2) {
+                true => self.share / 2,
+                false => self.share.saturating_mul(2),
+            };
         }
         for pending in rows {
             // The shard may have gone while the store answered.

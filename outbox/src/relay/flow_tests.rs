@@ -59,6 +59,19 @@ fn one_event_of_a_key_is_on_its_way() {
 }
 
 #[test]
+fn few_of_each_shard_are_taken_while_there_is_enough_of_all() {
+    let mut flow = owning(&[0, 1, 2, 3, 4, 5, 6, 7]);
+    let mut take = |n: i64| {
+        let claim = flow.claim().unwrap();
+        flow.claimed((0..n).map(|id| row(id, "a")).collect());
+        (0..n).for_each(|id| flow.drop_row(RowId(id)));
+        claim.max_of_shard
+    };
+    // Of a batch of four, a quarter of what two for each of eight shards would be.
+    assert_eq!([take(1), take(1), take(1), take(0), take(4), take(4), take(2)], [1, 2, 4, 4, 4, 2, 1]);
+}
+
+#[test]
 fn a_key_stops_at_its_first_failure_and_others_go_on() {
     let mut flow = owning(&[0, 1]);
     flow.claimed(vec![row(1, "a"), row(2, "bb"), row(3, "a"), row(4, "bb")]);
