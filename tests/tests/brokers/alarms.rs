@@ -2,12 +2,10 @@
 //! the broker does, what was confirmed is not lost, and everything goes on when there is room again.
 
 use std::num::NonZeroU32;
-use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use eventbus::{Bus, ErrorKind, Running, Service, Topic, TopicSpec, TypedPublisher};
-use tempfile::TempDir;
+use eventbus_tests::small::Small;
 use xtask::brokers::{Broker, Kind};
 
 use super::away::{LATE, Seen, Step, handle, publish, until};
@@ -109,47 +107,8 @@ async fn valkey_short_of_memory() {
     redis_is_short_of_memory(Kind::Valkey).await;
 }
 
-/// A small file system, which takes rights to mount.
-struct Disk(TempDir);
-
-impl Disk {
-    fn mount() -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=384m,mode=1777", "eventbus"]).arg(folder.path());
-        mount.output().is_ok_and(|output| output.status.success()).then_some(Self(folder))
-    }
-
-    fn folder(&self) -> &Path {
-        self.0.path()
-    }
-
-    /// Leaves so many bytes, or none.
-    fn fill_but(&self, spare: u64) {
-        let ballast = self.folder().join("ballast");
-        let dd = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", ballast.display())).output();
-        assert!(!dd.unwrap().status.success(), "there is room without end");
-        let file = std::fs::OpenOptions::new().write(true).open(&ballast).unwrap();
-        file.set_len(file.metadata().unwrap().len() - spare).unwrap();
-    }
-
-    fn free(&self) {
-        std::fs::remove_file(self.folder().join("ballast")).unwrap();
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        drop(Command::new("umount").arg("--lazy").arg(self.folder()).output());
-    }
-}
-
 async fn has_a_full_disk(kind: Kind) {
-    let Some(disk) = Disk::mount() else {
-        // Seen by whoever asks for it; as root, and so in the checks of each change, it runs.
-        println!("SKIPPED: mounting a small disk takes root");
-        return;
-    };
+    let Some(disk) = Small::mount() else { return };
     let folder = disk.folder().to_owned();
     let start = move || Broker::start_in(&folder, kind);
     let mut broker = tokio::task::spawn_blocking(start).await.unwrap().unwrap();

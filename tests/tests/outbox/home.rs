@@ -166,6 +166,11 @@ pub(crate) struct Cx<Db: Home> {
 impl<Db: Home> Cx<Db> {
     pub(crate) async fn open() -> Self {
         let (pool, namespace, place) = Db::open().await;
+        Self::on(pool, namespace, place).await
+    }
+
+    /// The same in a database of one's own.
+    pub(crate) async fn on(pool: Pool<Db>, namespace: Namespace, place: Box<dyn Send + Sync>) -> Self {
         let options = Options::default().with_namespace(namespace.clone()).with_source("/test");
         let outbox = Outbox::with_options(pool.clone(), options);
         outbox.migrate().await.unwrap();

@@ -3,6 +3,7 @@
 
 mod append;
 mod crowd;
+mod faults;
 mod handlers;
 mod home;
 mod mutants;
@@ -127,6 +128,9 @@ on_each! {
         operators_see_what_waits
         operators_free_what_is_stuck
         operators_give_up_what_nobody_wants;
+    faults:
+        a_relay_without_rights_loses_nothing
+        connections_that_are_all_taken_are_told;
     crowd:
         nothing_is_lost_or_invented_or_overtaken
         writers_of_the_same_keys_do_not_lock_each_other;
