@@ -61,7 +61,8 @@ impl Home {
 
     /// Every side of a pair begins with empty tables.
     async fn clear(&self) -> Anyhow<()> {
-        let tables = "TRUNCATE work, raw, evt.outbox, evt.outbox_blocked, evt.inbox, evt.key_progress";
+        let tables =
+            "TRUNCATE work, raw, evt.outbox, evt.outbox_blocked, evt.inbox, evt.key_progress, evt.consumer";
         self.run(tables).await
     }
 
