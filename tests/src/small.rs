@@ -11,11 +11,8 @@ pub struct Small(TempDir);
 
 impl Small {
     /// Mounts one; `None` without the rights to. Whoever asks sees that; as root, and so in the checks of each change, it runs.
-    ///
-    /// # Panics
-    /// There is no room for a folder.
     pub fn mount() -> Option<Self> {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().ok()?;
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", "size=384m,mode=1777", "eventbus"]).arg(folder.path());
         let small = mount.output().is_ok_and(|output| output.status.success()).then_some(Self(folder));
@@ -32,23 +29,24 @@ impl Small {
 
     /// Leaves so many bytes, or none.
     ///
-    /// # Panics
-    /// It is not small.
-    pub fn fill_but(&self, spare: u64) {
+    /// # Errors
+    /// What the system says; also if it cannot be filled.
+    pub fn fill_but(&self, spare: u64) -> std::io::Result<()> {
         let ballast = self.folder().join("ballast");
-        let dd = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", ballast.display())).output();
-        assert!(!dd.expect("dd").status.success(), "there is room without end");
-        let file = std::fs::OpenOptions::new().write(true).open(&ballast).expect("the ballast");
-        let bytes = file.metadata().expect("its size").len();
-        file.set_len(bytes - spare).expect("a smaller one");
+        let dd = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", ballast.display())).output()?;
+        if dd.status.success() {
+            return Err(std::io::Error::other("there is room without end"));
+        }
+        let file = std::fs::OpenOptions::new().write(true).open(&ballast)?;
+        file.set_len(file.metadata()?.len().saturating_sub(spare))
     }
 
     /// Gives the room back.
     ///
-    /// # Panics
+    /// # Errors
     /// It was not filled.
-    pub fn free(&self) {
-        std::fs::remove_file(self.folder().join("ballast")).expect("the ballast");
+    pub fn free(&self) -> std::io::Result<()> {
+        std::fs::remove_file(self.folder().join("ballast"))
     }
 }
 

@@ -114,7 +114,7 @@ async fn has_a_full_disk(kind: Kind) {
     let mut broker = tokio::task::spawn_blocking(start).await.unwrap().unwrap();
     let shop = Shop::open(kind, broker.url()).await;
     // RabbitMQ is to stop before it is full: it takes nothing when less than 50 MB are free.
-    disk.fill_but(if kind == Kind::Rabbitmq { 20 << 20 } else { 0 });
+    disk.fill_but(if kind == Kind::Rabbitmq { 20 << 20 } else { 0 }).unwrap();
     let (mut confirmed, mut told, end) = (Vec::new(), Vec::new(), Instant::now() + Duration::from_secs(15));
     for n in 1_000.. {
         match shop.try_one(n).await {
@@ -135,7 +135,7 @@ async fn has_a_full_disk(kind: Kind) {
         assert!(told.iter().any(|error| error.kind() == ErrorKind::Full), "{told:?}");
     }
     println!("{kind}: {} confirmed, {} not, the last: {:?}", confirmed.len(), told.len(), told.last());
-    disk.free();
+    disk.free().unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     println!("{kind}: it {}", if broker.lives() { "lives" } else { "ended" });
     if kind != Kind::Rabbitmq {
