@@ -1,6 +1,7 @@
 //! A broker as a process of this machine.
 
 use std::fs;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -157,10 +158,12 @@ pub(super) fn signal_group(pid: u32, signal: &str) -> Result<()> {
     run(Command::new("kill").args(["-s", signal, "--", &format!("-{pid}")])).map(drop)
 }
 
-/// A port that nobody listens on now.
+/// A port that nobody listens on now, below those that systems give to whoever connects: a broker may take seconds until it
+/// listens, and one of those would be taken by then.
 pub(super) fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).map_err(|error| error.to_string())?;
-    Ok(listener.local_addr().map_err(|error| error.to_string())?.port())
+    let random = || 12_000 + u16::try_from(RandomState::new().build_hasher().finish() % 20_000).unwrap_or(0);
+    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    std::iter::repeat_with(random).take(100).find(is_free).ok_or_else(|| "no port is free".to_owned())
 }
 
 /// A folder of its own, in the temporary one, with a prepared broker in it.
