@@ -128,16 +128,16 @@ impl<Db: Backend> Inbox<Db> {
 
     /// Looks whether a handler can remember what it handles, for as long as it is needed.
     async fn prepare(&self, beginning: &Beginning<'_>) -> Result<()> {
-        if beginning.handler().contains('{') {
-            return Err(Error::new(
-                ErrorKind::Config,
-                "a handler with a Tx must be a function: what it handled is remembered under its name",
-            ));
-        }
-        let kept = beginning.retention().await?.and_then(|retention| retention.max_age);
+        named(beginning.handler())?;
         let keep = self.keep();
-        if let Some(kept) = kept
-            && matches!(self.0.memory, Memory::Events { .. })
+        let kept = match self.0.memory {
+            Memory::Events { .. } => beginning.retention().await.unwrap_or_else(|error| {
+                tracing::warn!(%error, "the broker does not say how long it keeps the topic's events");
+                None
+            }),
+            Memory::Sequences => None,
+        };
+        if let Some(kept) = kept.and_then(|retention| retention.max_age)
             && kept > keep
         {
             let message = "the topic keeps events for longer than the inbox remembers them: have it remember for as long";
@@ -167,6 +167,7 @@ impl<Db: Backend> Inbox<Db> {
     /// Begins a run: `None` if the event was handled before.
     async fn begin(&self, context: &Context) -> Result<Option<Open<Db>>, Failure> {
         let event = context.envelope();
+        named(context.handler())?;
         let consumer = self.consumer(context.group(), context.handler());
         let keep = self.keep();
         self.register(&consumer, keep).await?;
@@ -231,6 +232,7 @@ impl<Db: Backend> Inbox<Db> {
                     .with("consumer", name)
                     .with("remembers", before));
             }
+            self.0.is_away.store(false, Ordering::Relaxed);
             if !self.0.forgets.swap(true, Ordering::Relaxed) {
                 tokio::spawn(forget(Arc::downgrade(&self.0)));
             }
@@ -239,6 +241,15 @@ impl<Db: Backend> Inbox<Db> {
         .await
         .copied()
     }
+}
+
+/// A handler without a name cannot remember: every closure has the same one.
+fn named(handler: &str) -> Result<()> {
+    if !handler.contains('{') {
+        return Ok(());
+    }
+    let message = "a handler with a Tx must be a function: what it handled is remembered under its name";
+    Err(Error::new(ErrorKind::Config, message))
 }
 
 async fn forget<Db: Backend>(inbox: std::sync::Weak<Inner<Db>>) {

@@ -138,6 +138,8 @@ pub(super) async fn open(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn
         ("enable_bitmapscan", "off"),
         // What is guessed of 64 shards looks dear, and compiling the plan takes longer than what it does.
         ("jit", "off"),
+        // For hash tables of keys in hand and blocked: hundreds of thousands after an outage.
+        ("work_mem", "64MB"),
         ("synchronous_commit", "off"),
         ("statement_timeout", "10s"),
     ]);
