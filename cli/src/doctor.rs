@@ -75,9 +75,13 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
         let probe = Probe::good("canary: publish, consume, settle", detail);
         probes.push(probe.or_bad(is_back, "look at the detail, then again with -v"));
     }
-    match doctor.store.look(session).await {
-        Ok(Some(store)) => {
-            let mut found = store.operator().probes().await?;
+    let found = match doctor.store.look(session).await {
+        Ok(Some(store)) => store.operator().probes().await.map(Some).map_err(Failure::from),
+        Ok(None) => Ok(None),
+        Err(failure) => Err(failure),
+    };
+    match found {
+        Ok(Some(mut found)) => {
             found.iter_mut().for_each(|probe| probe.name.insert_str(0, "outbox: "));
             probes.extend(found);
         }

@@ -101,15 +101,19 @@ pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> O
             out.rows(rows.collect())
         }
         What::Forget { id, consumer, all, source } => {
-            // A UUID in any of its forms is what an event is known by; another id is known with its source.
-            let known_by = uuid::Uuid::try_parse(id).unwrap_or_else(|_| {
-                outbox::known_by(&Envelope::new("", source.clone()).with_id(EventId::parse(id)))
-            });
+            let event = Envelope::new("", source.clone()).with_id(EventId::parse(id));
             match all {
                 true => gate.may_destroy("what all consumers remember of", id)?,
                 false => gate.may_write()?,
             }
-            match inbox.forget(consumer.as_deref(), known_by).await? {
+            let mut n = inbox.forget(consumer.as_deref(), outbox::known_by(&event)).await?;
+            // As list shows it: what an event is known by, in another form than ids have.
+            if n == 0
+                && let Ok(known_by) = uuid::Uuid::try_parse(id)
+            {
+                n = inbox.forget(consumer.as_deref(), known_by).await?;
+            }
+            match n {
                 0 => Err(Failure::NotFound(format!(
                     "nobody remembers {id} by its id (of keys that are known by their numbers, none can be forgotten)"
                 ))),

@@ -241,7 +241,14 @@ async fn run(cli: &Cli) -> Outcome {
         }
         _ => {}
     }
-    let (name, context) = config.find(cli.context.as_deref())?;
+    let found = config.find(cli.context.as_deref())?;
+    let (name, context) = match &cli.command {
+        // What it publishes and removes is of the store.
+        Command::Outbox(command) => {
+            command.store().named().map_or(found.clone(), |url| config.guarded(url, found))
+        }
+        _ => found,
+    };
     let session = {
         let care = care();
         Session::open(creates && !cli.dry_run, name, context, care).await?

@@ -67,7 +67,13 @@ fn with_tls_alone(url: &str) -> String {
     let Some((place, options)) = url.split_once('?') else { return url.to_owned() };
     let of_tls = ["sslmode", "sslrootcert", "sslcert", "sslkey"];
     let is_of_tls = |option: &&str| of_tls.contains(&option.split('=').next().unwrap_or_default());
-    let kept: Vec<&str> = options.split('&').filter(is_of_tls).collect();
+    let mut kept: Vec<&str> = options.split('&').filter(is_of_tls).collect();
+    // Who names an authority wants it to be asked, and the bus does so.
+    if kept.iter().any(|option| option.starts_with("sslrootcert=")) {
+        kept.iter_mut()
+            .filter(|option| **option == "sslmode=require")
+            .for_each(|mode| *mode = "sslmode=verify-ca");
+    }
     if kept.is_empty() { place.to_owned() } else { format!("{place}?{}", kept.join("&")) }
 }
 
@@ -79,6 +85,10 @@ mod tests {
     fn a_database_is_reached_as_safely_as_the_bus() {
         let bus = "postgres://me@db/shop?declare=create&sslmode=verify-full&sslrootcert=ca.pem";
         assert_eq!(with_tls_alone(bus), "postgres://me@db/shop?sslmode=verify-full&sslrootcert=ca.pem");
+        assert_eq!(
+            with_tls_alone("postgres://db/shop?sslmode=require&sslrootcert=ca.pem"),
+            "postgres://db/shop?sslmode=verify-ca&sslrootcert=ca.pem"
+        );
         assert_eq!(with_tls_alone("sqlite://shop.db?wait=1"), "sqlite://shop.db");
         assert_eq!(with_tls_alone("sqlite://shop.db"), "sqlite://shop.db");
     }

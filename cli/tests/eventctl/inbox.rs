@@ -207,6 +207,10 @@ async fn a_store_is_as_protected_as_the_contexts_that_name_it() {
     let (code, said) = refused(&[]);
     assert_eq!(code, Some(5), "{said}");
     assert!(said.contains("--confirm prod"), "{said}");
+    eventbus::connect(&shell.url("b")).await.unwrap().close().await.unwrap();
+    let relay = ["-c", &shell.url("b"), "outbox", "--store", &store, "relay", "--once"];
+    let relay = shell.command(&relay).stdin(std::process::Stdio::null()).output().unwrap();
+    assert_eq!(relay.status.code(), Some(5), "{}", text(&relay.stderr));
     let (code, said) = refused(&["-c", "prdo"]);
     assert_eq!(code, Some(2), "a name that is mistyped protects nothing: {said}");
     let (code, said) = refused(&["--confirm", "prod"]);
