@@ -13,6 +13,7 @@ use crate::envelope::Envelope;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::Message;
 use crate::extract::{Beginning, Context};
+use crate::failure::Failure;
 use crate::handler::{Bound, Handler, bind};
 use crate::name::{Group, Topic};
 use crate::outcome::{IntoOutcome, Outcome};
@@ -171,9 +172,12 @@ impl BoundRoute {
 
     /// Has the handler's arguments look whether runs can work.
     async fn prepare(&self, bus: &Bus, topic: &Topic, group: &Group) -> Result<()> {
-        let Handling::One(handler) = &self.handling else { return Ok(()) };
         let beginning = Beginning { bus, topic, group, handler: self.name };
-        handler.prepare(&beginning).await.map_err(|error| error.with("handler", self.name))
+        let prepared = match &self.handling {
+            Handling::One(handler) => handler.prepare(&beginning),
+            Handling::Batch { handler, .. } => handler.prepare(&beginning),
+        };
+        prepared.await.map_err(|error| error.with("handler", self.name))
     }
 
     /// Runs the handler on one delivery.
@@ -181,7 +185,10 @@ impl BoundRoute {
         match &self.handling {
             Handling::One(handler) => handler.call(context).await,
             Handling::Batch { handler, .. } => match handler.call(std::slice::from_ref(context)).await {
-                Ok(mut outcomes) => outcomes.pop().unwrap_or_else(|| ().into_outcome()),
+                Ok(mut outcomes) => outcomes.pop().flatten().unwrap_or_else(|| {
+                    Failure::transient("batch", "an event that runs alone was left out of its call")
+                        .into_outcome()
+                }),
                 Err(failure) => failure.into_outcome(),
             },
         }

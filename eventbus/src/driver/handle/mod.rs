@@ -1,5 +1,6 @@
 //! One event to its end: its run, and what becomes of it when that fails.
 
+mod batch;
 mod letter;
 mod parked;
 mod run;
@@ -8,25 +9,21 @@ use std::num::NonZeroU32;
 use std::sync::atomic::Ordering as Atomic;
 use std::time::{Duration, SystemTime};
 
+pub(super) use self::batch::batch;
 use self::letter::bury_until;
 pub(super) use self::parked::head;
 use self::parked::{give_up, park};
-use self::run::{Ended, conclude, identity, run};
-use super::layers::breaker::Pass;
-use super::layers::limit::limited;
-use super::layers::metrics::Meters;
-use super::layers::trace::Hop;
+use self::run::{Ended, run};
 use super::parked::planted::{Bug, planted};
 use super::parked::{Meets, Parked, Place};
 use super::subscribed::Subscribed;
 use super::{MAX_PAUSE, PAUSE};
-use crate::envelope::{Envelope, extension};
+use crate::envelope::Envelope;
 use crate::error::Class;
 use crate::extract::Context;
 use crate::failure::Failure;
-use crate::outcome::Outcome;
 use crate::parking::Waits;
-use crate::service::{BoundRoute, Handling};
+use crate::service::BoundRoute;
 use crate::transport::{Content, Delivery, Settle, Token};
 
 /// What makes an event ours: its delivery, or its place in the parking log.
@@ -100,94 +97,6 @@ pub(super) async fn delivery(subscribed: &Subscribed, delivery: Delivery) -> Set
 
 fn is_redriven(subscribed: &Subscribed, envelope: &Envelope) -> bool {
     envelope.extension("evt-replay-group").is_some_and(|group| group == subscribed.group.as_str())
-}
-
-/// Handles deliveries of different lanes in one call of a batch handler. Returns how each is settled.
-///
-/// What is anything else than a plain first run is handled alone, and so is what fails.
-pub(super) async fn batch(subscribed: &Subscribed, deliveries: Vec<Delivery>) -> Vec<Settle> {
-    let mut settles = vec![Settle::Return; deliveries.len()];
-    let (mut contexts, mut places) = (Vec::new(), Vec::new());
-    let mut batch = None;
-    for (at, one) in deliveries.into_iter().enumerate() {
-        let envelope = one.content.envelope().cloned();
-        let plain = envelope.filter(|envelope| is_plain(subscribed, &one, envelope));
-        let route = plain.as_ref().and_then(|envelope| subscribed.route(envelope));
-        match (route, plain) {
-            (Some(route @ BoundRoute { handling: Handling::Batch { handler, .. }, .. }), Some(envelope)) => {
-                batch = Some((route, handler));
-                contexts.push(subscribed.context(route, one, envelope));
-                places.push(at);
-            }
-            _ => settles[at] = delivery(subscribed, one).await,
-        }
-    }
-    let Some((route, handler)) = batch else { return settles };
-    while let Some(wait) = subscribed.rate.take() {
-        if !subscribed.sleep(wait).await {
-            return settles;
-        }
-    }
-    let pass = subscribed.breaker.admit().await;
-    if pass == Pass::Stopped {
-        return settles;
-    }
-    let started = Meters::clock();
-    let outcomes: Vec<Option<Outcome>> = match limited(subscribed.policy.timeout, handler.call(&contexts))
-        .await
-        .and_then(|ran| ran)
-    {
-        Ok(outcomes) => outcomes.into_iter().map(Some).collect(),
-        Err(failure) => {
-            tracing::debug!(%failure, n = contexts.len(), topic = %subscribed.topic, handler = route.name, "a batch failed; each of it runs alone");
-            subscribed.breaker.undecided(pass);
-            contexts.iter().map(|_| None).collect()
-        }
-    };
-    for ((context, at), outcome) in contexts.into_iter().zip(places).zip(outcomes) {
-        let ended = match outcome {
-            Some(outcome) => conclude(subscribed, route, &context, outcome, Hop::begin(&context), started)
-                .await
-                .map_or(Ok(()), |f| Err(Some(f))),
-            None => Err(None),
-        };
-        settles[at] = match ended {
-            Ok(()) => Settle::Ack,
-            Err(failure) => {
-                match &failure {
-                    Some(failure) if failure.is_of_a_dependency() => {
-                        subscribed.breaker.failed(pass, identity(&context.envelope));
-                    }
-                    _ => subscribed.breaker.undecided(pass),
-                }
-                let place = subscribed
-                    .parked
-                    .as_ref()
-                    .map(|parked| (parked, parked.place(context.delivery.partition)));
-                match place {
-                    None => fresh(subscribed, route, context, None, 0, failure).await,
-                    Some((_, None)) => Settle::Return,
-                    Some((parked, Some(place))) => {
-                        fresh(subscribed, route, context, Some((parked, &place)), 0, failure).await
-                    }
-                }
-            }
-        };
-    }
-    settles
-}
-
-/// Whether a delivery is a plain first run: nothing of its key waits, and nobody was cautious about it.
-fn is_plain(subscribed: &Subscribed, delivery: &Delivery, envelope: &Envelope) -> bool {
-    if envelope.extension(extension::EXPIRY_TIME).is_some() || is_redriven(subscribed, envelope) {
-        return false;
-    }
-    let Some(parked) = &subscribed.parked else { return true };
-    parked.place(delivery.partition).is_some_and(|place| {
-        let (id, sequence) = (envelope.id(), subscribed.sequence(envelope));
-        let meets = place.meets(id, &sequence, delivery.offset.unwrap_or_default());
-        meets == Meets::Nothing { begun: 0 } && !place.is_wary()
-    })
 }
 
 /// Handles an event that nothing of its key waits before. `begun` runs of it ended with their process;

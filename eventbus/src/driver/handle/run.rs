@@ -116,25 +116,44 @@ pub(super) async fn conclude(
             Some(failure)
         }
     };
-    let class = failure.as_ref().map(Failure::class);
+    let done = Booked { failure: failure.as_ref(), n_sent, is_duplicate };
+    book(subscribed, route, context, &done, started);
+    failure
+}
+
+/// How a run ended.
+pub(super) struct Booked<'a> {
+    pub(super) failure: Option<&'a Failure>,
+    pub(super) n_sent: usize,
+    pub(super) is_duplicate: bool,
+}
+
+/// Books how a run ended.
+pub(super) fn book(
+    subscribed: &Subscribed,
+    route: &BoundRoute,
+    context: &Context,
+    run: &Booked<'_>,
+    started: Option<Instant>,
+) {
+    let class = run.failure.map(Failure::class);
     if let Some(started) = started {
-        let n_sent = if class.is_none() { n_sent } else { 0 };
+        let n_sent = if class.is_none() { run.n_sent } else { 0 };
         subscribed.meters.ran(route.name, started.elapsed(), class, n_sent);
     }
-    if failure.is_none() {
+    if run.failure.is_none() {
         subscribed.breaker.succeeded();
         let counters = &subscribed.counters;
-        let counter = if is_duplicate { &counters.duplicates } else { &counters.handled };
+        let counter = if run.is_duplicate { &counters.duplicates } else { &counters.handled };
         counter.fetch_add(1, Atomic::Relaxed);
-        if is_duplicate {
+        if run.is_duplicate {
             let id = context.envelope().id();
             tracing::debug!(topic = %subscribed.topic, handler = route.name, %id, "handled before: passed over");
         }
     }
     if let Some(observer) = &subscribed.observer {
-        observer.ran(route.name, context, failure.as_ref());
+        observer.ran(route.name, context, run.failure);
     }
-    failure
 }
 
 /// What makes two failing events different ones for the breaker: the key, or the id where there is none.
