@@ -80,7 +80,7 @@ pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> O
             let consumers = inbox.consumers().await?;
             let rows = consumers.iter().map(|seen| {
                 row! {"consumer": seen.consumer, "memory": seen.memory, "known": seen.n_known,
-                "oldest_ms": seen.oldest_ms, "remembers_seconds": seen.remembers_seconds}
+                "begun": seen.n_begun, "oldest_ms": seen.oldest_ms, "remembers_seconds": seen.remembers_seconds}
             });
             out.rows(rows.collect())
         }

@@ -24,9 +24,9 @@ pub(crate) mod sealed {
 #[derive(Debug)]
 pub enum Known<'a> {
     /// By its own id.
-    Message { consumer: &'a str, id: uuid::Uuid },
+    Message { id: uuid::Uuid },
     /// By its number in its key.
-    Sequence { consumer: &'a str, source: &'a str, key: &'a [u8], seq: i64 },
+    Sequence { source: &'a str, key: &'a [u8], seq: i64 },
 }
 
 /// A database of `sqlx` whose transactions can hold events: `sqlx::Postgres` and `sqlx::Sqlite`, with the feature of the
@@ -82,6 +82,17 @@ pub trait Backend: Database + sealed::Sealed {
     #[doc(hidden)]
     fn check(connection: &mut Self::Connection) -> impl Future<Output = Result<()>> + Send;
 
+    /// Whether relays of other processes wait to be told.
+    #[doc(hidden)]
+    const HAS_DOORBELL: bool;
+
+    /// Tells relays of other processes that something was committed.
+    #[doc(hidden)]
+    fn announce(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+    ) -> impl Future<Output = Result<()>> + Send;
+
     /// Whether a transaction was committed; `None` = that cannot be said (yet).
     #[doc(hidden)]
     fn fate(
@@ -95,8 +106,36 @@ pub trait Backend: Database + sealed::Sealed {
     fn remember(
         connection: &mut Self::Connection,
         statements: &Self::Statements,
+        consumer: &str,
         known: &Known<'_>,
     ) -> impl Future<Output = Result<bool>> + Send;
+
+    /// The same for many, which are of one kind of memory and at most one of each key; one answer for each.
+    #[doc(hidden)]
+    fn remember_all(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+        consumer: &str,
+        known: &[Known<'_>],
+    ) -> impl Future<Output = Result<Vec<bool>>> + Send;
+
+    /// Notes that a consumer begins a call for an event; returns how often it did, or `None` if it handled the event before.
+    #[doc(hidden)]
+    fn intend(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> impl Future<Output = Result<Option<u32>>> + Send;
+
+    /// Notes that the call has ended.
+    #[doc(hidden)]
+    fn end(
+        connection: &mut Self::Connection,
+        statements: &Self::Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> impl Future<Output = Result<()>> + Send;
 
     /// Notes for how long a consumer remembers, in seconds, and how; returns how it was noted before.
     #[doc(hidden)]
@@ -184,22 +223,37 @@ pub enum Fate {
 }
 
 /// The version of the tables that this code reads and writes.
-const VERSION: u32 = 1;
+const VERSION: usize = 2;
 
-/// Whether tables are there; an error if they are not ours to use.
-pub(crate) fn known(version: Option<String>) -> Result<bool> {
-    match version.as_deref() {
-        None => Ok(false),
-        Some(text) => match text.parse::<u32>() {
-            Ok(VERSION) => Ok(true),
-            Ok(newer) if newer > VERSION => Err(Error::new(
-                ErrorKind::Conflict,
-                "the tables were made by a newer version of outbox: update this program",
-            )
-            .with("tables_version", newer)
-            .with("known_version", VERSION)),
-            _ => Err(Error::new(ErrorKind::Corrupt, "the tables have no readable version")
-                .with("found", text.escape_debug())),
-        },
+/// The texts that make the tables, each of what the one before made.
+pub(crate) type Steps = [&'static str; VERSION];
+
+/// What is still to be run of the texts, by the version that tables say they are of; an error if they are not ours to use.
+pub(crate) fn missing(version: Option<String>, steps: &'static Steps) -> Result<&'static [&'static str]> {
+    let Some(text) = version else { return Ok(steps) };
+    match text.parse::<usize>() {
+        Ok(newer) if newer > VERSION => Err(Error::new(
+            ErrorKind::Conflict,
+            "the tables were made by a newer version of outbox: update this program",
+        )
+        .with("tables_version", newer)
+        .with("known_version", VERSION)),
+        Ok(at @ 1..) => Ok(steps.get(at..).unwrap_or_default()),
+        _ => Err(Error::new(ErrorKind::Corrupt, "the tables have no readable version")
+            .with("found", text.escape_debug())),
+    }
+}
+
+/// Whether there are tables; an error if they are not ours to use as they are.
+pub(crate) fn known(version: Option<String>, steps: &'static Steps) -> Result<bool> {
+    let is_none = version.is_none();
+    match missing(version, steps)? {
+        [] => Ok(true),
+        _ if is_none => Ok(false),
+        _ => Err(Error::new(
+            ErrorKind::Conflict,
+            "the tables are of an older version: call migrate(), or run what is newer of outbox/sql/",
+        )
+        .with("known_version", VERSION)),
     }
 }

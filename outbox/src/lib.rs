@@ -8,7 +8,7 @@
 //! # A tour
 //! - [`Outbox`] publishes inside a transaction: [`Outbox::begin`] starts one, [`Outbox::publish`] takes yours.
 //! - [`Relay`] sends what is stored to a bus: in the service, or as a process of its own; any number at once.
-//! - [`Inbox`] is the state of handlers that take a [`Tx`].
+//! - [`Inbox`] is the state of handlers that take a [`Tx`], or an [`Intent`] if they call somebody else.
 //! - [`Operator`] looks into it and repairs it; `eventctl outbox` does so from a terminal.
 //! - [`Store`] is what a relay needs of a database.
 //!
@@ -60,6 +60,7 @@ compile_error!("outbox needs a database: enable its feature \"postgres\" or \"sq
 mod any;
 mod backend;
 mod bell;
+mod doorbell;
 mod fitness;
 mod head;
 mod inbox;
@@ -79,7 +80,7 @@ mod transaction;
 
 pub use self::any::AnyOutbox;
 pub use self::backend::Backend;
-pub use self::inbox::{Inbox, Memory, Tx};
+pub use self::inbox::{Inbox, Intent, Memory, Tx};
 pub use self::namespace::Namespace;
 pub use self::operator::{Entry, Operator, RelaySeen, Status, Stuck, Which};
 pub use self::outbox::{Options, Outbox, Ticket};

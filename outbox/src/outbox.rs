@@ -9,6 +9,7 @@ use sqlx::Pool;
 
 use crate::backend::{Backend, Fate};
 use crate::bell::Bell;
+use crate::doorbell::Doorbell;
 use crate::namespace::Namespace;
 use crate::row::Row;
 use crate::store::Store;
@@ -28,6 +29,10 @@ pub struct Options {
     /// Largest event in bytes, headers and the relay's marks counted: what the broker takes, as the event is refused
     /// before the commit. 983,040 by default, which is what all brokers take unless they are set otherwise.
     pub max_event_bytes: usize,
+    /// Whether commits are told to relays of other processes on PostgreSQL, which else look by themselves every quarter of a
+    /// second: with `NOTIFY` on a connection of the pool, after the commit and at most twenty times a second. They are by
+    /// default. (On SQLite, relays see that the file has changed.)
+    pub doorbell: bool,
 }
 
 impl Default for Options {
@@ -38,6 +43,7 @@ impl Default for Options {
             namespace: Namespace::default(),
             source: format!("/{}", stem.unwrap_or("outbox")).into(),
             max_event_bytes: 983_040,
+            doorbell: true,
         }
     }
 }
@@ -60,6 +66,12 @@ impl Options {
     pub fn with_max_event_bytes(self, bytes: usize) -> Self {
         Self { max_event_bytes: bytes, ..self }
     }
+
+    /// Sets whether commits are told to relays of other processes.
+    #[must_use]
+    pub fn with_doorbell(self, doorbell: bool) -> Self {
+        Self { doorbell, ..self }
+    }
 }
 
 /// Events as rows of the transactions that they tell of. Cheap to clone; clones wake the same relays.
@@ -79,6 +91,7 @@ struct Inner<Db: Backend> {
     options: Options,
     statements: Db::Statements,
     bell: Bell,
+    doorbell: Doorbell,
     writer: Arc<Db::Writer>,
 }
 
@@ -95,7 +108,8 @@ impl<Db: Backend> Outbox<Db> {
     /// An outbox with settings of one's own.
     pub fn with_options(pool: Pool<Db>, options: Options) -> Self {
         let statements = Db::statements(&options.namespace);
-        Self(Arc::new(Inner { pool, options, statements, bell: Bell::default(), writer: Arc::default() }))
+        let (bell, doorbell) = (Bell::default(), Doorbell::default());
+        Self(Arc::new(Inner { pool, options, statements, bell, doorbell, writer: Arc::default() }))
     }
 
     /// Creates what is missing of the tables. Programs that start at once do not disturb each other.
@@ -131,8 +145,7 @@ impl<Db: Backend> Outbox<Db> {
     /// transaction does, and the only call of this kind: two may wait for each other's keys in two transactions, of which
     /// the database then ends one. [`begin`](Self::begin) has no such rule.
     ///
-    /// The relay of this process is not woken, and finds the event within a quarter of a second: say
-    /// [`wake`](Self::wake) after the commit.
+    /// No relay is woken, and finds the event within a quarter of a second: say [`wake`](Self::wake) after the commit.
     ///
     /// # Errors
     /// [`TooLarge`](ErrorKind::TooLarge) or [`Invalid`](ErrorKind::Invalid) for the event; [`NotFound`](ErrorKind::NotFound)
@@ -173,9 +186,13 @@ impl<Db: Backend> Outbox<Db> {
         self.append(transaction, &rows, false).await
     }
 
-    /// Wakes the relays of this process: something was committed.
+    /// Wakes the relays: something was committed. Those of other processes hear of it up to 50 ms later, if the
+    /// [doorbell](Options::doorbell) can be rung.
     pub fn wake(&self) {
         self.0.bell.ring();
+        if Db::HAS_DOORBELL && self.0.options.doorbell {
+            self.0.doorbell.ring(self);
+        }
     }
 
     /// Finds out whether a transaction was committed; `None` = that cannot be said: it may still run, or it is too long
@@ -203,6 +220,10 @@ impl<Db: Backend> Outbox<Db> {
 
     pub(crate) fn bell(&self) -> &Bell {
         &self.0.bell
+    }
+
+    pub(crate) fn doorbell(&self) -> &Doorbell {
+        &self.0.doorbell
     }
 
     pub(crate) fn statements(&self) -> &Db::Statements {

@@ -24,6 +24,8 @@ pub struct ConsumerSeen {
     pub remembers_seconds: u64,
     /// How many events, or keys, it knows.
     pub n_known: u64,
+    /// How many calls of an [`Intent`](crate::Intent) began and have not ended.
+    pub n_begun: u64,
     /// Milliseconds since the first of them; `None` where it knows nothing.
     pub oldest_ms: Option<i64>,
 }
@@ -102,6 +104,7 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
             "SELECT OBJECT('consumer', c.consumer, 'memory', c.memory, 'remembers_seconds', c.remembers_seconds,
               'n_known', (SELECT count(*) FROM EVTinbox i WHERE i.consumer = c.consumer)
                 + (SELECT count(*) FROM EVTkey_progress k WHERE k.consumer = c.consumer),
+              'n_begun', (SELECT count(*) FROM EVTintent t WHERE t.consumer = c.consumer),
               'oldest_ms', coalesce((SELECT max(SINCE(i.seen_at)) FROM EVTinbox i WHERE i.consumer = c.consumer),
                 (SELECT max(SINCE(k.seen_at)) FROM EVTkey_progress k WHERE k.consumer = c.consumer)))
             FROM EVTconsumer c ORDER BY c.consumer",

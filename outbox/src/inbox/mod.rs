@@ -1,23 +1,24 @@
 //! Handlers whose effects happen once.
 
+mod identity;
+mod intent;
+mod tx;
+
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use async_trait::async_trait;
-use eventbus::{
-    Beginning, Context, Envelope, Error, ErrorKind, EventId, Extract, Failure, FromState, Group, Message,
-    Outcome, Result, Topic, Unit,
-};
+use eventbus::{Beginning, Context, Error, ErrorKind, Failure, Gathered, Group, Result};
 use parking_lot::Mutex;
-use tokio::sync::{Mutex as AsyncMutex, OnceCell, OwnedMutexGuard};
+use tokio::sync::OnceCell;
 
+use self::identity::{Identity, age};
+pub use self::intent::Intent;
+pub use self::tx::Tx;
 use crate::backend::{Backend, Known};
 use crate::outbox::{Outbox, whole};
-use crate::row::dedup_id;
 use crate::transaction::Open;
 
 /// How it is known that an event was handled.
@@ -37,7 +38,17 @@ pub enum Memory {
     Sequences,
 }
 
-/// What handlers with a [`Tx`] need: an outbox, and how they remember. It is (or is part of) the state of a
+impl Memory {
+    /// For how long an event is remembered by its id.
+    fn keep(self) -> Duration {
+        match self {
+            Self::Events { keep } => keep,
+            Self::Sequences => KEEP,
+        }
+    }
+}
+
+/// What handlers with a [`Tx`] or an [`Intent`] need: an outbox, and how they remember. It is (or is part of) the state of a
 /// [`Service`](eventbus::Service).
 ///
 /// The name of a memory is `service.handler@generation`. A handler that is renamed begins a new one; so does a
@@ -66,8 +77,6 @@ const FORGET_EVERY: Duration = Duration::from_secs(600);
 const FORGET_PAUSE: Duration = Duration::from_millis(100);
 /// How long a service that starts waits for the database.
 const REACH: Duration = Duration::from_secs(5);
-/// How long the end of a run that failed is waited for; it goes on without us.
-const ROLLBACK: Duration = Duration::from_secs(1);
 
 impl<Db: Backend> Inbox<Db> {
     /// Handlers that remember each event for 14 days.
@@ -119,18 +128,11 @@ impl<Db: Backend> Inbox<Db> {
         format!("{group}.{handler}@{}", self.0.generation)
     }
 
-    fn keep(&self) -> Duration {
-        match self.0.memory {
-            Memory::Events { keep } => keep,
-            Memory::Sequences => KEEP,
-        }
-    }
-
     /// Looks whether a handler can remember what it handles, for as long as it is needed.
-    async fn prepare(&self, beginning: &Beginning<'_>) -> Result<()> {
+    async fn prepare(&self, beginning: &Beginning<'_>, memory: Memory) -> Result<()> {
         named(beginning.handler())?;
-        let keep = self.keep();
-        let kept = match self.0.memory {
+        let keep = memory.keep();
+        let kept = match memory {
             Memory::Events { .. } => beginning.retention().await.unwrap_or_else(|error| {
                 tracing::warn!(%error, "the broker does not say how long it keeps the topic's events");
                 None
@@ -148,7 +150,7 @@ impl<Db: Backend> Inbox<Db> {
         }
         let ready = async {
             self.0.outbox.verify().await?;
-            self.register(&self.consumer(beginning.group(), beginning.handler()), keep).await
+            self.register(&self.consumer(beginning.group(), beginning.handler()), memory).await
         };
         if self.0.is_away.load(Ordering::Relaxed) {
             return Ok(());
@@ -169,23 +171,19 @@ impl<Db: Backend> Inbox<Db> {
         let event = context.envelope();
         named(context.handler())?;
         let consumer = self.consumer(context.group(), context.handler());
-        let keep = self.keep();
-        self.register(&consumer, keep).await?;
-        let identity = Identity::of(event, context.topic(), self.0.memory, consumer)?;
+        let keep = self.0.memory.keep();
+        self.register(&consumer, self.0.memory).await?;
+        let identity = Identity::of(event, context.topic(), self.0.memory)?;
         let outbox = self.0.outbox.clone();
         let is_redriven = event.extension("evt-replay-group").is_some();
         let is_old = age(event).is_some_and(|age| age > keep);
         whole(async move {
             let mut open = outbox.clone().opened().await?;
             let is_forgotten = identity.is_forgotten();
-            let refused = match Db::remember(&mut open.transaction, outbox.statements(), &identity.known())
-                .await
-            {
-                Ok(true) if is_old && !is_redriven && is_forgotten => Err(Error::new(
-                    ErrorKind::Invalid,
-                    "the event is older than the inbox remembers, which cannot say whether it was handled",
-                )
-                .with("remembers_days", keep.as_secs() / 86_400)),
+            let noted =
+                Db::remember(&mut open.transaction, outbox.statements(), &consumer, &identity.known()).await;
+            let refused = match noted {
+                Ok(true) if is_old && !is_redriven && is_forgotten => Err(too_old(keep)),
                 Ok(true) => return Ok(Some(open)),
                 Ok(false) if is_redriven && !is_forgotten => Err(Error::new(
                     ErrorKind::Conflict,
@@ -203,16 +201,58 @@ impl<Db: Backend> Inbox<Db> {
         .map_err(Failure::from)
     }
 
+    /// Begins a call with several events: those that were handled before are passed over, and those that may be refused are
+    /// left to be told so alone.
+    async fn begin_all(&self, call: &Gathered<'_>) -> Result<Open<Db>, Failure> {
+        let (memory, keep) = (self.0.memory, self.0.memory.keep());
+        let mut consumer = String::new();
+        let (mut places, mut identities) = (Vec::new(), Vec::new());
+        for (at, context) in call.contexts().iter().enumerate() {
+            if at == 0 {
+                named(context.handler())?;
+                consumer = self.consumer(context.group(), context.handler());
+            }
+            let identity = Identity::of(context.envelope(), context.topic(), memory).ok();
+            let is_old = age(context.envelope()).is_some_and(|age| age > keep);
+            match identity.filter(|identity| !(is_old && identity.is_forgotten())) {
+                Some(identity) => {
+                    places.push(at);
+                    identities.push(identity);
+                }
+                None => call.leave(at),
+            }
+        }
+        self.register(&consumer, memory).await?;
+        let outbox = self.0.outbox.clone();
+        let noted = whole(async move {
+            let mut open = outbox.clone().opened().await?;
+            let known: Vec<Known<'_>> = identities.iter().map(Identity::known).collect();
+            match Db::remember_all(&mut open.transaction, outbox.statements(), &consumer, &known).await {
+                Ok(are_new) => Ok((open, are_new)),
+                Err(error) => {
+                    // One that fails ends with its connection.
+                    _ = open.rollback().await;
+                    Err(error)
+                }
+            }
+        });
+        let (open, are_new) = noted.await?;
+        for (at, _) in places.into_iter().zip(are_new).filter(|(_, is_new)| !is_new) {
+            call.pass_over(at);
+        }
+        Ok(open)
+    }
+
     /// Notes once in this process for how long a consumer remembers, and forgets from then on what is older.
-    async fn register(&self, consumer: &str, keep: Duration) -> Result<()> {
+    async fn register(&self, consumer: &str, memory: Memory) -> Result<()> {
         let cell = self.0.consumers.lock().entry(consumer.to_owned()).or_default().clone();
         cell.get_or_try_init(|| async {
             let (outbox, name) = (self.0.outbox.clone(), consumer.to_owned());
-            let memory = match self.0.memory {
+            let seconds = i64::try_from(memory.keep().saturating_add(SLACK).as_secs()).unwrap_or(i64::MAX);
+            let memory = match memory {
                 Memory::Events { .. } => "events",
                 Memory::Sequences => "sequences",
             };
-            let seconds = i64::try_from(keep.saturating_add(SLACK).as_secs()).unwrap_or(i64::MAX);
             let before = whole({
                 let (outbox, name) = (outbox.clone(), name.clone());
                 async move {
@@ -243,12 +283,19 @@ impl<Db: Backend> Inbox<Db> {
     }
 }
 
+/// Why an event is refused that nobody may know any more.
+fn too_old(keep: Duration) -> Error {
+    let message = "the event is older than the inbox remembers, which cannot say whether it was handled";
+    Error::new(ErrorKind::Invalid, message).with("remembers_days", keep.as_secs() / 86_400)
+}
+
 /// A handler without a name cannot remember: every closure has the same one.
 fn named(handler: &str) -> Result<()> {
     if !handler.contains('{') {
         return Ok(());
     }
-    let message = "a handler with a Tx must be a function: what it handled is remembered under its name";
+    let message =
+        "a handler with a Tx or an Intent must be a function: what it handled is remembered under its name";
     Err(Error::new(ErrorKind::Config, message))
 }
 
@@ -264,55 +311,6 @@ async fn forget<Db: Backend>(inbox: std::sync::Weak<Inner<Db>>) {
     }
 }
 
-/// How long ago an event was made, as far as it says: by its time, or by its id (UUIDv7).
-fn age(event: &Envelope) -> Option<Duration> {
-    let of_id = || {
-        let (seconds, nanos) = event.id().as_uuid()?.get_timestamp()?.to_unix();
-        SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))
-    };
-    SystemTime::now().duration_since(event.time().or_else(of_id)?).ok()
-}
-
-/// By what an event is known.
-enum Identity {
-    Message { consumer: String, id: uuid::Uuid },
-    Sequence { consumer: String, source: String, key: Vec<u8>, seq: i64 },
-}
-
-impl Identity {
-    fn of(event: &Envelope, topic: &Topic, memory: Memory, consumer: String) -> Result<Self, Failure> {
-        let (Memory::Sequences, Some(key)) = (memory, event.key()) else {
-            return Ok(Self::Message { consumer, id: dedup_id(event) });
-        };
-        let seq = event.extension("evt-seq").and_then(|seq| seq.parse().ok());
-        match (seq, event.extension("evt-source")) {
-            (Some(seq), Some(source)) => {
-                // Numbers ascend along the keys of a topic.
-                let source = format!("{source}/{topic}");
-                Ok(Self::Sequence { consumer, source, key: key.as_bytes().to_vec(), seq })
-            }
-            _ => Err(Failure::permanent(
-                "inbox.no_sequence",
-                "the event has no number of an outbox (evt-seq, evt-source), which Memory::Sequences needs",
-            )),
-        }
-    }
-
-    fn known(&self) -> Known<'_> {
-        match self {
-            Self::Message { consumer, id } => Known::Message { consumer, id: *id },
-            Self::Sequence { consumer, source, key, seq } => {
-                Known::Sequence { consumer, source, key, seq: *seq }
-            }
-        }
-    }
-
-    /// Whether it is forgotten after a time.
-    fn is_forgotten(&self) -> bool {
-        matches!(self, Self::Message { .. })
-    }
-}
-
 impl<Db: Backend> Clone for Inbox<Db> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
@@ -325,102 +323,5 @@ impl<Db: Backend> fmt::Debug for Inbox<Db> {
             .field("outbox", &self.0.outbox)
             .field("memory", &self.0.memory)
             .finish_non_exhaustive()
-    }
-}
-
-/// The transaction of a run: an argument of a handler, used as a connection (`&mut *tx`).
-///
-/// It begins before the handler, with the note that the event is handled; an event that was handled before is settled
-/// without a run. It is committed after the handler with all that the handler wrote, [published](Self::publish) and
-/// returned ([`Emit`](eventbus::Emit), [`Reply`](eventbus::Reply)), and only then is the event settled: all of it happens
-/// once, or not yet. A handler that fails, panics or runs out of time leaves nothing.
-///
-/// What the handler does outside of the database, such as a mail, is not part of it and may happen again. The value must be
-/// dropped when the handler returns; one that is kept makes the run fail.
-pub struct Tx<Db: Backend>(OwnedMutexGuard<Open<Db>>);
-
-impl<Db: Backend> Tx<Db> {
-    /// Publishes a message with the commit; returns its id.
-    ///
-    /// # Errors
-    /// [`TooLarge`](ErrorKind::TooLarge) or [`Invalid`](ErrorKind::Invalid): nothing is added.
-    pub fn publish<M: Message>(&mut self, topic: &Topic, message: &M) -> Result<EventId> {
-        self.0.publish(topic, message)
-    }
-
-    /// Publishes an envelope with the commit.
-    ///
-    /// # Errors
-    /// As [`publish`](Self::publish).
-    pub fn publish_envelope(&mut self, topic: &Topic, event: Envelope) -> Result<()> {
-        self.0.publish_envelope(topic, event)
-    }
-}
-
-impl<Db: Backend> Deref for Tx<Db> {
-    type Target = Db::Connection;
-
-    fn deref(&self) -> &Self::Target {
-        &self.0.transaction
-    }
-}
-
-impl<Db: Backend> DerefMut for Tx<Db> {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        &mut self.0.transaction
-    }
-}
-
-impl<Db: Backend> fmt::Debug for Tx<Db> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Tx").field(&*self.0).finish()
-    }
-}
-
-impl<Db: Backend, S: Sync> Extract<S> for Tx<Db>
-where
-    Inbox<Db>: FromState<S>,
-{
-    async fn prepare(beginning: &Beginning<'_>, state: &S) -> Result<()> {
-        Inbox::<Db>::from_state(state).prepare(beginning).await
-    }
-
-    async fn extract(context: &Context, state: &S) -> Result<Self, Outcome> {
-        let inbox = Inbox::<Db>::from_state(state);
-        let Some(open) = inbox.begin(context).await? else { return Err(Outcome::duplicate()) };
-        let open = Arc::new(AsyncMutex::new(open));
-        let guard = open.clone().lock_owned().await;
-        context.enlist(Run(open))?;
-        Ok(Self(guard))
-    }
-}
-
-/// The transaction as the driver ends it.
-#[derive(Debug)]
-struct Run<Db: Backend>(Arc<AsyncMutex<Open<Db>>>);
-
-#[async_trait]
-impl<Db: Backend> Unit for Run<Db> {
-    async fn commit(self: Box<Self>, outputs: Vec<(Topic, Envelope)>) -> Result<(), Failure> {
-        let Some(open) = Arc::into_inner(self.0) else {
-            return Err(Failure::permanent("inbox.kept", "the handler kept its Tx when it returned"));
-        };
-        let mut open = open.into_inner();
-        for (topic, event) in outputs {
-            if let Err(error) = open.publish_envelope(&topic, event) {
-                _ = whole(open.rollback()).await;
-                return Err(error.into());
-            }
-        }
-        whole(open.commit()).await.map_err(Failure::from)
-    }
-
-    async fn abandon(self: Box<Self>) {
-        // Whoever still has it ends it by dropping it.
-        let Some(open) = Arc::into_inner(self.0) else { return };
-        // A statement that is still running is waited for by the connection, not by us.
-        if tokio::time::timeout(ROLLBACK, whole(open.into_inner().rollback())).await.is_err() {
-            tracing::debug!("the rollback of a failed run goes on");
-        }
     }
 }

@@ -3,6 +3,7 @@
 mod floor;
 mod store;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use eventbus::fitness::Probe;
@@ -10,14 +11,14 @@ use eventbus::sql::{from_sqlx, postgres_probes};
 use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row as _};
 
-use crate::backend::{Backend, Fate, Known, Uncommitted, known, sealed};
+use crate::backend::{Backend, Fate, Known, Steps, Uncommitted, known, missing, sealed};
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::Row;
 use crate::store::Store;
 
-/// Makes the tables.
-const TABLES: &str = include_str!("../../sql/postgres/1.sql");
+/// Makes the tables, each text the next version.
+const TABLES: Steps = [include_str!("../../sql/postgres/1.sql"), include_str!("../../sql/postgres/2.sql")];
 
 /// Names the lock under which tables are created: the bytes of "evoutbox".
 const LOCK: i64 = 0x6576_6f75_7462_6f78;
@@ -36,6 +37,9 @@ const BLOCKERS: &str = "SELECT to_json(format('process %s of %s: %s for %s s, ho
 const CHECK: &str = "SELECT set_config('synchronous_commit', 'on', true)
   WHERE current_setting('synchronous_commit') IN ('off', 'local')";
 
+/// Where it is told that something was committed, for relays of other processes; the namespace is put before it.
+const CHANNEL: &str = "evt.outbox";
+
 /// What the server says of an id that it has not given out (yet).
 const IN_THE_FUTURE: &str = "22023";
 
@@ -47,11 +51,16 @@ const LIFE: &str = "(extract(epoch FROM pg_stat_get_bgwriter_stat_reset_time()) 
 #[derive(Debug)]
 pub struct Statements {
     append: Arc<str>,
+    announce: Arc<str>,
     fate: Arc<str>,
     remember_message: Arc<str>,
     remember_sequence: Arc<str>,
+    remember_messages: Arc<str>,
+    remember_sequences: Arc<str>,
+    intend: Arc<str>,
+    end: Arc<str>,
     register: Arc<str>,
-    forget: Arc<str>,
+    forget: [Arc<str>; 2],
 }
 
 impl sealed::Sealed for Postgres {}
@@ -65,6 +74,8 @@ impl Backend for Postgres {
         let sql = |text: &str| namespace.sql(text, '.');
         Statements {
             append: sql(&format!("SELECT evt.outbox_append($1, $2, $3, $4, $5, $6, $7)::text, {LIFE}")),
+            // It says nothing that must outlive the server.
+            announce: sql(&format!("SELECT set_config('synchronous_commit', 'off', true), pg_notify('{CHANNEL}', '')")),
             fate: sql(&format!("SELECT CASE pg_xact_status($1::text::xid8) WHEN 'aborted' THEN false
                 WHEN 'committed' THEN CASE WHEN {LIFE} = $2 THEN true
                   ELSE (SELECT true FROM evt.outbox WHERE event_id = $3 LIMIT 1) END END")),
@@ -72,29 +83,42 @@ impl Backend for Postgres {
             remember_sequence: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq) VALUES ($1, $2, $3, $4)
                 ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
                 WHERE p.last_seq < excluded.last_seq"),
+            // Sorted, so that calls with events in common wait for each other in one direction.
+            remember_messages: sql("INSERT INTO evt.inbox (consumer, message_id) SELECT $1, i FROM unnest($2::uuid[]) AS e (i) ORDER BY i
+                ON CONFLICT DO NOTHING RETURNING message_id"),
+            remember_sequences: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq)
+                SELECT $1, s, k, n FROM unnest($2::text[], $3::bytea[], $4::bigint[]) AS e (s, k, n) ORDER BY s COLLATE \"C\", k
+                ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
+                WHERE p.last_seq < excluded.last_seq RETURNING source, key"),
+            intend: sql("INSERT INTO evt.intent AS i (consumer, message_id)
+                SELECT $1::text, $2::uuid WHERE NOT EXISTS (SELECT 1 FROM evt.inbox WHERE consumer = $1 AND message_id = $2)
+                ON CONFLICT (consumer, message_id) DO UPDATE SET runs = i.runs + 1, begun_at = now() RETURNING runs"),
+            end: sql("DELETE FROM evt.intent WHERE consumer = $1 AND message_id = $2"),
             register: sql("WITH before AS (SELECT memory FROM evt.consumer WHERE consumer = $1),
                 noted AS (INSERT INTO evt.consumer AS c VALUES ($1, $2, $3)
                   ON CONFLICT (consumer) DO UPDATE SET remembers_seconds = excluded.remembers_seconds WHERE c.memory = excluded.memory)
                 SELECT memory FROM before"),
             // A row that nothing else marks as too old is found by the index of ranges.
-            forget: sql("DELETE FROM evt.inbox WHERE ctid = ANY (ARRAY (SELECT i.ctid FROM evt.inbox i
+            forget: [sql("DELETE FROM evt.inbox WHERE ctid = ANY (ARRAY (SELECT i.ctid FROM evt.inbox i
                 JOIN evt.consumer c USING (consumer)
                 WHERE i.seen_at < now() - (SELECT min(remembers_seconds) FROM evt.consumer) * interval '1 s'
                   AND i.seen_at < now() - c.remembers_seconds * interval '1 s' LIMIT $1))"),
+                sql("DELETE FROM evt.intent WHERE ctid = ANY (ARRAY (SELECT i.ctid FROM evt.intent i JOIN evt.consumer c USING (consumer)
+                WHERE i.begun_at < now() - c.remembers_seconds * interval '1 s' LIMIT $1))")],
         }
     }
 
     async fn migrate(pool: &PgPool, namespace: &Namespace) -> Result<()> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
-        if known(version(&mut connection, namespace).await?)? {
+        if missing(version(&mut connection, namespace).await?, &TABLES)?.is_empty() {
             return Ok(());
         }
         let mut transaction = connection.begin().await.map_err(from_sqlx)?;
         // Two programs that start at once must not both create.
         let lock = sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK);
         lock.execute(&mut *transaction).await.map_err(from_sqlx)?;
-        if !known(version(&mut transaction, namespace).await?)? {
-            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(TABLES, '.')));
+        for text in missing(version(&mut transaction, namespace).await?, &TABLES)? {
+            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(text, '.')));
             transaction.execute(tables).await.map_err(from_sqlx)?;
         }
         transaction.commit().await.map_err(from_sqlx)
@@ -151,6 +175,13 @@ impl Backend for Postgres {
         sqlx::query(CHECK).execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
+    const HAS_DOORBELL: bool = true;
+
+    async fn announce(connection: &mut PgConnection, statements: &Statements) -> Result<()> {
+        let query = sqlx::query(AssertSqlSafe(statements.announce.clone()));
+        query.execute(connection).await.map_err(from_sqlx).map(drop)
+    }
+
     async fn fate(pool: &PgPool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
         let Fate::Transaction { id, life, event } = fate else { return Ok(None) };
         let fate = sqlx::query_scalar(AssertSqlSafe(statements.fate.clone()));
@@ -163,21 +194,82 @@ impl Backend for Postgres {
     async fn remember(
         connection: &mut PgConnection,
         statements: &Statements,
+        consumer: &str,
         known: &Known<'_>,
     ) -> Result<bool> {
         let query = match known {
-            Known::Message { consumer, id } => {
-                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(*consumer).bind(*id)
+            Known::Message { id } => {
+                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(consumer).bind(*id)
             }
-            Known::Sequence { consumer, source, key, seq } => {
+            Known::Sequence { source, key, seq } => {
                 sqlx::query(AssertSqlSafe(statements.remember_sequence.clone()))
-                    .bind(*consumer)
+                    .bind(consumer)
                     .bind(*source)
                     .bind(*key)
                     .bind(*seq)
             }
         };
         Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() > 0)
+    }
+
+    async fn remember_all(
+        connection: &mut PgConnection,
+        statements: &Statements,
+        consumer: &str,
+        known: &[Known<'_>],
+    ) -> Result<Vec<bool>> {
+        let (mut ids, mut sources, mut keys, mut numbers) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for known in known {
+            match known {
+                Known::Message { id } => ids.push(*id),
+                Known::Sequence { source, key, seq } => {
+                    sources.push(*source);
+                    keys.push(*key);
+                    numbers.push(*seq);
+                }
+            }
+        }
+        let (mut new_ids, mut new_keys) = (HashSet::new(), HashSet::new());
+        if !ids.is_empty() {
+            let query =
+                sqlx::query_scalar::<_, uuid::Uuid>(AssertSqlSafe(statements.remember_messages.clone()));
+            let noted = query.bind(consumer).bind(ids).fetch_all(&mut *connection).await;
+            new_ids.extend(noted.map_err(from_sqlx)?);
+        }
+        if !keys.is_empty() {
+            let query =
+                sqlx::query_as::<_, (String, Vec<u8>)>(AssertSqlSafe(statements.remember_sequences.clone()));
+            let noted =
+                query.bind(consumer).bind(sources).bind(keys).bind(numbers).fetch_all(connection).await;
+            new_keys.extend(noted.map_err(from_sqlx)?);
+        }
+        // The first of two with one id is the new one.
+        let are_new = known.iter().map(|known| match known {
+            Known::Message { id } => new_ids.remove(id),
+            Known::Sequence { source, key, .. } => new_keys.remove(&((*source).to_owned(), key.to_vec())),
+        });
+        Ok(are_new.collect())
+    }
+
+    async fn intend(
+        connection: &mut PgConnection,
+        statements: &Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> Result<Option<u32>> {
+        let query = sqlx::query_scalar::<_, i32>(AssertSqlSafe(statements.intend.clone()));
+        let runs = query.bind(consumer).bind(id).fetch_optional(connection).await.map_err(from_sqlx)?;
+        Ok(runs.map(|runs| u32::try_from(runs).unwrap_or(u32::MAX)))
+    }
+
+    async fn end(
+        connection: &mut PgConnection,
+        statements: &Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> Result<()> {
+        let query = sqlx::query(AssertSqlSafe(statements.end.clone())).bind(consumer).bind(id);
+        query.execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
     async fn register(
@@ -192,8 +284,13 @@ impl Backend for Postgres {
     }
 
     async fn forget(connection: &mut PgConnection, statements: &Statements) -> Result<bool> {
-        let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
-        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+        let mut more = false;
+        for statement in &statements.forget {
+            let query = sqlx::query(AssertSqlSafe(statement.clone())).bind(HELPING);
+            let done = query.execute(&mut *connection).await.map_err(from_sqlx)?;
+            more |= done.rows_affected() >= HELPING as u64;
+        }
+        Ok(more)
     }
 
     async fn probes(pool: &PgPool) -> Result<Vec<Probe>> {
@@ -236,7 +333,7 @@ impl Backend for Postgres {
 
     async fn verify(pool: &PgPool, namespace: &Namespace) -> Result<bool> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
-        known(version(&mut connection, namespace).await?)
+        known(version(&mut connection, namespace).await?, &TABLES)
     }
 
     async fn store(pool: &PgPool, _: &Arc<()>, namespace: &Namespace) -> Result<Arc<dyn Store>> {

@@ -9,22 +9,26 @@ use eventbus::Result;
 use eventbus::sql::from_sqlx;
 use parking_lot::Mutex;
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgPoolOptions, PgRow};
+use sqlx::postgres::{PgListener, PgPoolOptions, PgRow};
 use sqlx::{AssertSqlSafe, PgPool, Postgres, Row as _};
+use tokio::sync::Mutex as AsyncMutex;
 
 use super::floor::Floors;
-use super::{LIFE, unreadable};
+use super::{CHANNEL, LIFE, unreadable};
 use crate::namespace::Namespace;
 use crate::row::{Pending, RowId, Shard, Stored};
 use crate::store::{Blocked, Claim, Leased, Store};
 
-/// Connections of a relay: claims, settles, leases.
-const CONNECTIONS: u32 = 3;
+/// Connections of a relay: claims, settles, leases, news.
+const CONNECTIONS: u32 = 4;
 /// Longest wait for a connection, and for a statement.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The pause before listening again, where that failed: relays look by themselves.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+
 /// A key that waits longer than this was noted by a server whose clock went back since: it is due.
-const LONGEST_WAIT: &str = "interval '1 hour'";
+const LONGEST_WAIT: &str = "interval '6 min'";
 
 #[derive(Debug)]
 struct PostgresStore {
@@ -33,6 +37,8 @@ struct PostgresStore {
     sql: Sql,
     /// Whether a relay reads where dead rows may be many: then floors move.
     busy: Mutex<bool>,
+    channel: Arc<str>,
+    listener: AsyncMutex<Option<PgListener>>,
 }
 
 #[derive(Debug)]
@@ -73,12 +79,15 @@ impl Sql {
                 SELECT value FROM made UNION ALL SELECT value FROM evt.meta WHERE name = 'identity' LIMIT 1"),
             alive: sql("WITH seen AS (INSERT INTO evt.outbox_relay VALUES ($1, clock_timestamp())
                   ON CONFLICT (relay) DO UPDATE SET seen_at = excluded.seen_at),
-                gone AS (DELETE FROM evt.outbox_relay WHERE seen_at < clock_timestamp() - 10 * $2::float8 * interval '1 s' AND relay <> $1)
-                SELECT 1 + count(*) FROM evt.outbox_relay WHERE relay <> $1 AND seen_at > clock_timestamp() - $2::float8 * interval '1 s'"),
-            lease: sql("UPDATE evt.outbox_shard s SET owner = $1, lease_until = clock_timestamp() + $2::float8 * interval '1 s',
+                gone AS (DELETE FROM evt.outbox_relay WHERE abs(extract(epoch FROM seen_at - clock_timestamp())) > 10 * $2::float8 AND relay <> $1)
+                SELECT 1 + count(*) FROM evt.outbox_relay WHERE relay <> $1
+                  AND abs(extract(epoch FROM seen_at - clock_timestamp())) < $2::float8"),
+            // A lease that is longer than leases are is of before the clock went back.
+            lease: sql("UPDATE evt.outbox_shard s SET owner = $1, lease_until = clock_timestamp() + $2::float8 * interval '1 s', lease_seconds = $2::float8,
                   epoch = s.epoch + (s.owner IS DISTINCT FROM $1)::integer
                 WHERE s.shard IN (SELECT shard FROM evt.outbox_shard
-                  WHERE owner = $1 OR owner IS NULL OR lease_until < clock_timestamp() OR lease_until > clock_timestamp() + interval '1 hour'
+                  WHERE owner = $1 OR owner IS NULL OR lease_until < clock_timestamp()
+                    OR lease_until > clock_timestamp() + 2 * lease_seconds * interval '1 s'
                   ORDER BY (owner IS DISTINCT FROM $1), random() LIMIT $3 FOR NO KEY UPDATE SKIP LOCKED)
                 RETURNING s.shard, s.epoch"),
             surplus: sql("SELECT shard FROM evt.outbox_shard WHERE owner = $1 AND shard <> ALL ($2::smallint[])"),
@@ -146,10 +155,17 @@ pub(super) async fn open(pool: &PgPool, namespace: &Namespace) -> Result<Arc<dyn
     let pool =
         PgPoolOptions::new().max_connections(CONNECTIONS).acquire_timeout(TIMEOUT).connect_lazy_with(connect);
     let (floors, sql) = (Floors::new(namespace), Sql::new(namespace));
-    Ok(Arc::new(PostgresStore { pool, floors, sql, busy: Mutex::new(false) }))
+    let (channel, listener) = (namespace.sql(CHANNEL, '.'), AsyncMutex::default());
+    Ok(Arc::new(PostgresStore { pool, floors, sql, busy: Mutex::new(false), channel, listener }))
 }
 
 impl PostgresStore {
+    async fn listen(&self) -> sqlx::Result<PgListener> {
+        let mut listener = PgListener::connect_with(&self.pool).await?;
+        listener.listen(&self.channel).await?;
+        Ok(listener)
+    }
+
     async fn connection(&self) -> Result<PoolConnection<Postgres>> {
         self.pool.acquire().await.map_err(from_sqlx)
     }
@@ -286,10 +302,32 @@ impl Store for PostgresStore {
     }
 
     async fn news(&self) {
-        std::future::pending().await
+        let mut listener = self.listener.lock().await;
+        loop {
+            let heard = match &mut *listener {
+                Some(listener) => listener.recv().await.map(|_| true),
+                None => match self.listen().await {
+                    Ok(found) => {
+                        *listener = Some(found);
+                        Ok(false)
+                    }
+                    Err(error) => Err(error),
+                },
+            };
+            match heard {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "what other processes commit is looked for");
+                    *listener = None;
+                    tokio::time::sleep(LISTEN_AGAIN).await;
+                }
+            }
+        }
     }
 
     async fn close(&self) {
+        self.listener.lock().await.take();
         self.pool.close().await;
     }
 }

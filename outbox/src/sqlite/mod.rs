@@ -12,14 +12,14 @@ use eventbus::{Error, ErrorKind, Result};
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
 use self::writer::{Unit, Writer};
-use crate::backend::{Backend, Fate, Known, Uncommitted, known, sealed};
+use crate::backend::{Backend, Fate, Known, Steps, Uncommitted, known, missing, sealed};
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::{Row, Shard};
 use crate::store::Store;
 
-/// Makes the tables.
-const TABLES: &str = include_str!("../../sql/sqlite/1.sql");
+/// Makes the tables, each text the next version.
+const TABLES: Steps = [include_str!("../../sql/sqlite/1.sql"), include_str!("../../sql/sqlite/2.sql")];
 
 /// The first library without the corruption of the write-ahead log of 3.7.0 to 3.51.2.
 const MIN_LIBRARY: [u32; 3] = [3, 51, 3];
@@ -39,8 +39,10 @@ pub struct Statements {
     remember_message: Arc<str>,
     remember_sequence: Arc<str>,
     registered: Arc<str>,
+    intend: Arc<str>,
+    end: Arc<str>,
     register: Arc<str>,
-    forget: Arc<str>,
+    forget: [Arc<str>; 2],
 }
 
 impl sealed::Sealed for Sqlite {}
@@ -65,26 +67,32 @@ impl Backend for Sqlite {
             remember_sequence: sql("INSERT INTO evt_key_progress (consumer, source, key, last_seq) VALUES (?, ?, ?, ?)
                 ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
                 WHERE last_seq < excluded.last_seq"),
+            intend: sql("INSERT INTO evt_intent (consumer, message_id)
+                SELECT ?1, ?2 WHERE NOT EXISTS (SELECT 1 FROM evt_inbox WHERE consumer = ?1 AND message_id = ?2)
+                ON CONFLICT (consumer, message_id) DO UPDATE SET runs = runs + 1, begun_at = excluded.begun_at RETURNING runs"),
+            end: sql("DELETE FROM evt_intent WHERE consumer = ? AND message_id = ?"),
             registered: sql("SELECT memory, remembers_seconds FROM evt_consumer WHERE consumer = ?"),
             register: sql("INSERT INTO evt_consumer VALUES (?, ?, ?)
                 ON CONFLICT (consumer) DO UPDATE SET remembers_seconds = excluded.remembers_seconds WHERE memory = excluded.memory"),
             // Rows are in the order of their time: what is looked at is what nobody remembers, and a little more.
-            forget: sql("DELETE FROM evt_inbox WHERE id IN (SELECT i.id FROM evt_inbox i JOIN evt_consumer c USING (consumer)
+            forget: [sql("DELETE FROM evt_inbox WHERE id IN (SELECT i.id FROM evt_inbox i JOIN evt_consumer c USING (consumer)
                 WHERE i.id < coalesce((SELECT id FROM evt_inbox WHERE seen_at >=
                     unixepoch('subsec') * 1000 - (SELECT min(remembers_seconds) FROM evt_consumer) * 1000 ORDER BY id LIMIT 1), 1 << 62)
                   AND i.seen_at < unixepoch('subsec') * 1000 - c.remembers_seconds * 1000 ORDER BY i.id LIMIT ?)"),
+                sql("DELETE FROM evt_intent WHERE (consumer, message_id) IN (SELECT i.consumer, i.message_id FROM evt_intent i
+                  JOIN evt_consumer c USING (consumer) WHERE i.begun_at < unixepoch('subsec') * 1000 - c.remembers_seconds * 1000 LIMIT ?)")],
         }
     }
 
     async fn migrate(pool: &SqlitePool, namespace: &Namespace) -> Result<()> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
         check_library(&mut connection).await?;
-        if known(version(&mut connection, namespace).await?)? {
+        if missing(version(&mut connection, namespace).await?, &TABLES)?.is_empty() {
             return Ok(());
         }
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(from_sqlx)?;
-        if !known(version(&mut transaction, namespace).await?)? {
-            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(TABLES, '_')));
+        for text in missing(version(&mut transaction, namespace).await?, &TABLES)? {
+            let tables = sqlx::raw_sql(AssertSqlSafe(namespace.sql(text, '_')));
             tables.execute(&mut *transaction).await.map_err(from_sqlx)?;
         }
         transaction.commit().await.map_err(from_sqlx)
@@ -157,6 +165,13 @@ impl Backend for Sqlite {
         Ok(())
     }
 
+    const HAS_DOORBELL: bool = false;
+
+    /// The file says by itself that it has changed.
+    async fn announce(_: &mut SqliteConnection, _: &Statements) -> Result<()> {
+        Ok(())
+    }
+
     /// An event that is there was committed; one that is not may have been published since.
     async fn fate(pool: &SqlitePool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
         let Fate::Event { row, id } = fate else { return Ok(None) };
@@ -169,21 +184,57 @@ impl Backend for Sqlite {
     async fn remember(
         connection: &mut SqliteConnection,
         statements: &Statements,
+        consumer: &str,
         known: &Known<'_>,
     ) -> Result<bool> {
         let query = match known {
-            Known::Message { consumer, id } => {
-                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(*consumer).bind(*id)
+            Known::Message { id } => {
+                sqlx::query(AssertSqlSafe(statements.remember_message.clone())).bind(consumer).bind(*id)
             }
-            Known::Sequence { consumer, source, key, seq } => {
+            Known::Sequence { source, key, seq } => {
                 sqlx::query(AssertSqlSafe(statements.remember_sequence.clone()))
-                    .bind(*consumer)
+                    .bind(consumer)
                     .bind(*source)
                     .bind(*key)
                     .bind(*seq)
             }
         };
         Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() > 0)
+    }
+
+    /// One by one: there is no wire between them.
+    async fn remember_all(
+        connection: &mut SqliteConnection,
+        statements: &Statements,
+        consumer: &str,
+        known: &[Known<'_>],
+    ) -> Result<Vec<bool>> {
+        let mut are_new = Vec::with_capacity(known.len());
+        for known in known {
+            are_new.push(Self::remember(connection, statements, consumer, known).await?);
+        }
+        Ok(are_new)
+    }
+
+    async fn intend(
+        connection: &mut SqliteConnection,
+        statements: &Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> Result<Option<u32>> {
+        let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(statements.intend.clone()));
+        let runs = query.bind(consumer).bind(id).fetch_optional(connection).await.map_err(from_sqlx)?;
+        Ok(runs.map(|runs| u32::try_from(runs).unwrap_or(u32::MAX)))
+    }
+
+    async fn end(
+        connection: &mut SqliteConnection,
+        statements: &Statements,
+        consumer: &str,
+        id: uuid::Uuid,
+    ) -> Result<()> {
+        let query = sqlx::query(AssertSqlSafe(statements.end.clone())).bind(consumer).bind(id);
+        query.execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
     async fn register(
@@ -205,8 +256,13 @@ impl Backend for Sqlite {
     }
 
     async fn forget(connection: &mut SqliteConnection, statements: &Statements) -> Result<bool> {
-        let query = sqlx::query(AssertSqlSafe(statements.forget.clone())).bind(HELPING);
-        Ok(query.execute(connection).await.map_err(from_sqlx)?.rows_affected() >= HELPING as u64)
+        let mut more = false;
+        for statement in &statements.forget {
+            let query = sqlx::query(AssertSqlSafe(statement.clone())).bind(HELPING);
+            let done = query.execute(&mut *connection).await.map_err(from_sqlx)?;
+            more |= done.rows_affected() >= HELPING as u64;
+        }
+        Ok(more)
     }
 
     async fn probes(pool: &SqlitePool) -> Result<Vec<Probe>> {
@@ -263,7 +319,7 @@ impl Backend for Sqlite {
     async fn verify(pool: &SqlitePool, namespace: &Namespace) -> Result<bool> {
         let mut connection = pool.acquire().await.map_err(from_sqlx)?;
         check_library(&mut connection).await?;
-        known(version(&mut connection, namespace).await?)
+        known(version(&mut connection, namespace).await?, &TABLES)
     }
 
     async fn store(pool: &SqlitePool, writer: &Arc<Writer>, namespace: &Namespace) -> Result<Arc<dyn Store>> {

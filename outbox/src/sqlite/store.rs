@@ -26,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// How often we look whether another process committed something.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A key that waits longer than this was noted under a clock that went back since: it is due.
-const LONGEST_WAIT: &str = "3600000";
+const LONGEST_WAIT: &str = "360000";
 
 #[derive(Debug)]
 struct SqliteStore {

@@ -134,11 +134,31 @@ pub(crate) async fn too_many_keys_are_refused<Db: Home>(cx: Cx<Db>) {
 }
 
 pub(crate) async fn tables_of_a_newer_version_are_refused<Db: Home>(cx: Cx<Db>) {
-    for (version, kind) in [("2", ErrorKind::Conflict), ("x", ErrorKind::Corrupt)] {
+    for (version, kind) in [("99", ErrorKind::Conflict), ("0", ErrorKind::Corrupt), ("x", ErrorKind::Corrupt)]
+    {
         cx.run(&format!("UPDATE EVTmeta SET value = '{version}' WHERE name = 'version'")).await;
         assert_eq!(cx.outbox.migrate().await.unwrap_err().kind(), kind);
         assert_eq!(Relay::new(&cx.outbox).start(&cx.bus).await.unwrap_err().kind(), kind);
     }
+}
+
+pub(crate) async fn tables_of_an_older_version_are_brought_up<Db: Home>(cx: Cx<Db>) {
+    let name = Namespace::new(&format!("{}_b", cx.namespace)).unwrap();
+    let tables = Db::FIRST_TABLES.replace("EXISTS evt;", &format!("EXISTS {name};"));
+    cx.run(&tables.replace(&Db::tables(&Namespace::default()), &Db::tables(&name))).await;
+    let outbox = Outbox::with_options(cx.pool.clone(), Options::default().with_namespace(name));
+    // What an older program stored.
+    let mut tx = outbox.begin().await.unwrap();
+    tx.publish_envelope(&cx.topic, cx.event("a", 1)).unwrap();
+    tx.commit().await.unwrap();
+    let error = Relay::new(&outbox).start(&cx.bus).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("migrate()"), "{error}");
+    let (one, other) = tokio::join!(outbox.migrate(), outbox.migrate());
+    one.and(other).unwrap();
+    let relay = Relay::new(&outbox).start(&cx.bus).await.unwrap();
+    cx.until("what was there", |seen| seen.len() == 1).await;
+    relay.stop().await;
 }
 
 pub(crate) async fn missing_tables_are_told<Db: Home>(cx: Cx<Db>) {

@@ -17,20 +17,20 @@ use crate::home::{Cx, Home, SOON};
 
 #[derive(Event, Serialize, Deserialize)]
 #[event(type = "test.counted", version = 1, key = n)]
-struct Counted {
-    n: i64,
+pub(crate) struct Counted {
+    pub(crate) n: i64,
 }
 
 #[derive(Event, Serialize, Deserialize)]
 #[event(type = "test.billed", version = 1, key = n)]
-struct Billed {
-    n: i64,
+pub(crate) struct Billed {
+    pub(crate) n: i64,
 }
 
 /// The state of a service, of which the inbox is a part.
-struct App<Db: Home> {
+pub(crate) struct App<Db: Home> {
     inbox: Inbox<Db>,
-    runs: Arc<AtomicU32>,
+    pub(crate) runs: Arc<AtomicU32>,
     kept: Arc<Mutex<Vec<Tx<Db>>>>,
 }
 
@@ -41,7 +41,7 @@ impl<Db: Home> Clone for App<Db> {
 }
 
 /// So many times the handler ran.
-struct Runs(Arc<AtomicU32>);
+pub(crate) struct Runs(pub(crate) Arc<AtomicU32>);
 
 struct Kept<Db: Home>(Arc<Mutex<Vec<Tx<Db>>>>);
 
@@ -64,13 +64,13 @@ impl<Db: Home> FromState<App<Db>> for Kept<Db> {
 }
 
 impl<Db: Home> App<Db> {
-    fn new(inbox: Inbox<Db>) -> Self {
+    pub(crate) fn new(inbox: Inbox<Db>) -> Self {
         Self { inbox, runs: Arc::default(), kept: Arc::default() }
     }
 }
 
 /// The one effect of a run.
-async fn effect<Db: Home>(tx: &mut Tx<Db>, n: i64) -> Result<(), Failure> {
+pub(crate) async fn effect<Db: Home>(tx: &mut Tx<Db>, n: i64) -> Result<(), Failure> {
     Ok(Db::run(tx, format!("INSERT INTO effects VALUES ({n})")).await?)
 }
 
@@ -143,11 +143,11 @@ async fn keep<Db: Home>(
     Ok(())
 }
 
-fn number(event: &Envelope) -> i64 {
+pub(crate) fn number(event: &Envelope) -> i64 {
     event.decode::<Counted>().map_or(-1, |counted| counted.n)
 }
 
-fn quick() -> Retry {
+pub(crate) fn quick() -> Retry {
     Retry::exponential(Duration::from_millis(20), Duration::from_millis(50), NonZeroU32::new(8).unwrap())
 }
 
@@ -163,19 +163,19 @@ async fn service<Db: Home, A: 'static, H: eventbus::Handler<A, App<Db>>>(
     service.start(&cx.bus).await.unwrap()
 }
 
-async fn send<Db: Home>(cx: &Cx<Db>, event: Envelope) {
+pub(crate) async fn send<Db: Home>(cx: &Cx<Db>, event: Envelope) {
     cx.bus.publisher().await.unwrap().publish_envelope(&cx.topic, event).await.unwrap();
 }
 
-fn counted(n: i64) -> Envelope {
+pub(crate) fn counted(n: i64) -> Envelope {
     Envelope::of(&Counted { n }, "/test").unwrap()
 }
 
-async fn effects<Db: Home>(cx: &Cx<Db>) -> i64 {
+pub(crate) async fn effects<Db: Home>(cx: &Cx<Db>) -> i64 {
     cx.number("SELECT count(*) FROM effects").await
 }
 
-async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let waiting = async {
         while !holds().await {
             tokio::time::sleep(Duration::from_millis(5)).await;

@@ -42,6 +42,15 @@ pub(crate) trait Home: Backend {
     /// Makes all events of the outbox a day older.
     const AGED_OUTBOX: &str;
 
+    /// Makes all calls that began a month older.
+    const AGED_INTENTS: &str;
+
+    /// Shifts whatever the database's clock has noted.
+    fn shifted(seconds: i32) -> Vec<String>;
+
+    /// The first version of the tables.
+    const FIRST_TABLES: &str;
+
     /// Makes the oldest rows of the inbox older.
     fn aged(n_rows: u32, seconds: u32) -> String;
 }
@@ -76,6 +85,14 @@ impl Home for Sqlite {
     }
 
     const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - 86400000";
+    const AGED_INTENTS: &str = "UPDATE EVTintent SET begun_at = begun_at - 30 * 86400000";
+    const FIRST_TABLES: &str = include_str!("../../../outbox/sql/sqlite/1.sql");
+
+    /// Leases are in the time of the machine, which does not jump.
+    fn shifted(seconds: i32) -> Vec<String> {
+        let by = |(table, column)| format!("UPDATE EVT{table} SET {column} = {column} + {seconds} * 1000");
+        [("outbox", "created_at"), ("outbox_blocked", "retry_at"), ("inbox", "seen_at")].map(by).into()
+    }
 
     fn aged(n_rows: u32, seconds: u32) -> String {
         format!(
@@ -113,6 +130,24 @@ impl Home for Postgres {
     }
 
     const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - interval '1 day'";
+    const AGED_INTENTS: &str = "UPDATE EVTintent SET begun_at = begun_at - interval '30 days'";
+    const FIRST_TABLES: &str = include_str!("../../../outbox/sql/postgres/1.sql");
+
+    fn shifted(seconds: i32) -> Vec<String> {
+        let by = |(table, column)| {
+            format!(
+                "UPDATE EVT{table} SET {column} = {column} + {seconds} * interval '1 s' WHERE isfinite({column})"
+            )
+        };
+        let noted = [
+            ("outbox_shard", "lease_until"),
+            ("outbox_relay", "seen_at"),
+            ("outbox_blocked", "retry_at"),
+            ("outbox", "created_at"),
+            ("inbox", "seen_at"),
+        ];
+        noted.map(by).into()
+    }
 
     fn aged(n_rows: u32, seconds: u32) -> String {
         format!(
@@ -218,7 +253,11 @@ impl<Db: Home> Cx<Db> {
     }
 
     pub(crate) fn sql(&self, sql: &str) -> String {
-        sql.replace("EVT", &Db::tables(&self.namespace))
+        sql.replace("EVT", &self.tables())
+    }
+
+    pub(crate) fn tables(&self) -> String {
+        Db::tables(&self.namespace)
     }
 
     /// An event `n` of a key.

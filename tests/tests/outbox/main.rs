@@ -2,13 +2,17 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a test reports by panicking")]
 
 mod append;
+mod batches;
 mod crowd;
+mod doorbell;
 mod faults;
 mod handlers;
 mod home;
+mod intents;
 mod mutants;
 mod operators;
 mod relays;
+mod strains;
 mod writer;
 
 /// The cases of one database.
@@ -41,6 +45,18 @@ on_one! {
 on_one! {
     postgres_handlers: sqlx::Postgres, crate::handlers::postgres:
         a_service_starts_while_its_database_is_away
+}
+
+on_one! {
+    postgres_strains: sqlx::Postgres, crate::strains:
+        a_snapshot_that_is_held_costs_a_relay_nothing
+}
+
+on_one! {
+    postgres_doorbell: sqlx::Postgres, crate::doorbell:
+        a_commit_by_itself_tells_nobody
+        a_commit_elsewhere_is_heard
+        many_commits_ring_once
 }
 
 on_one! {
@@ -86,6 +102,7 @@ on_each! {
         what_is_too_large_is_refused_before_the_commit
         too_many_keys_are_refused
         tables_of_a_newer_version_are_refused
+        tables_of_an_older_version_are_brought_up
         missing_tables_are_told
         programs_that_start_together_migrate_once
         two_services_share_a_database
@@ -124,6 +141,18 @@ on_each! {
         a_memory_of_another_kind_is_refused
         what_a_handler_lacks_is_told_at_the_start
         what_is_too_old_is_forgotten;
+    batches:
+        a_batch_is_handled_once
+        one_that_fails_undoes_its_batch
+        a_batch_that_panics_leaves_nothing
+        what_does_not_fit_a_batch_runs_alone;
+    intents:
+        a_call_that_ended_is_not_repeated
+        a_call_that_fails_is_repeated_with_its_key
+        a_call_whose_member_is_gone_is_repeated
+        the_result_of_a_call_is_written_once
+        what_no_call_can_be_made_for_is_dead_lettered
+        calls_that_never_ended_are_forgotten_with_their_events;
     operators:
         operators_see_what_waits
         operators_free_what_is_stuck
@@ -131,6 +160,9 @@ on_each! {
     faults:
         a_relay_without_rights_loses_nothing
         connections_that_are_all_taken_are_told;
+    strains:
+        a_clock_that_jumps_stops_nothing
+        a_name_that_is_given_up_is_another_one;
     crowd:
         nothing_is_lost_or_invented_or_overtaken
         writers_of_the_same_keys_do_not_lock_each_other;

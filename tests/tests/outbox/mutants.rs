@@ -306,3 +306,15 @@ async fn commits_that_are_not_flushed_are_found() {
     let cx = appending(&[("IN ('off', 'local')", "IN ('nothing')")]).await;
     assert!(fails(append::postgres::an_asynchronous_commit_is_made_one_that_waits(cx)).await);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_that_notify_are_found() {
+    let cx = place().await;
+    let channel = format!("{}.outbox", cx.namespace);
+    cx.run(&format!(
+        "CREATE FUNCTION EVTtell() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_notify('{channel}', ''); RETURN NULL; END $$;
+        CREATE TRIGGER tell AFTER INSERT ON EVToutbox FOR EACH STATEMENT EXECUTE FUNCTION EVTtell()"
+    ))
+    .await;
+    assert!(fails(crate::doorbell::a_commit_by_itself_tells_nobody(cx)).await);
+}

@@ -166,6 +166,14 @@ pub fn url(kind: Kind) -> Result<String> {
     Ok(url)
 }
 
+/// A program that comes with PostgreSQL, such as `pg_dump`; it is installed where it is missing.
+///
+/// # Errors
+/// What is missing on this machine.
+pub fn postgres_program(name: &str) -> Result<std::path::PathBuf> {
+    recipe::postgres_program(name)
+}
+
 /// Tells for each broker how it would be started here, or what is missing.
 ///
 /// # Errors

@@ -173,11 +173,15 @@ fn postgres_programs(version: Option<&str>, folder: &Path) -> Result<PathBuf> {
         let initdb = file_below(&copy, "initdb").ok_or("the package has no initdb")?;
         return Ok(initdb.parent().unwrap_or(&initdb).to_owned());
     }
-    if postgres_installed("initdb").is_none() {
+    let initdb = postgres_program("initdb")?;
+    Ok(initdb.parent().unwrap_or(&initdb).to_owned())
+}
+
+pub(super) fn postgres_program(name: &str) -> Result<PathBuf> {
+    if postgres_installed(name).is_none() {
         apt("postgresql")?;
     }
-    let initdb = postgres_installed("initdb").ok_or("initdb was not found")?;
-    Ok(initdb.parent().unwrap_or(&initdb).to_owned())
+    postgres_installed(name).ok_or_else(|| format!("{name} was not found"))
 }
 
 fn postgres(version: Option<&str>, root: Option<&Root>, folder: &Path, port: u16) -> Result<Launch> {

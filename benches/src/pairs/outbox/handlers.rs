@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use eventbus::{Bus, Envelope, Failure, FromState, Service, State, Topic, Typed};
+use eventbus::{Batch, Bus, Envelope, Failure, FromState, Outcomes, Service, State, Topic, Typed};
 use outbox::{Inbox, Memory, Tx};
 use sqlx::Postgres;
 use sqlx::postgres::PgPool;
@@ -19,7 +19,8 @@ pub(super) async fn run(events: &[Envelope]) -> Anyhow<()> {
         let lines = lines.map(|(memory, is_sequence)| {
             (format!("inbox, a handler's transaction ({memory}), 8 lanes, {disk}"), is_sequence)
         });
-        if !is_any_wanted(lines.iter().map(|(line, _)| line)) {
+        let batch = format!("inbox, a batch handler's transaction (events), 64 at once, {disk}");
+        if !is_any_wanted(lines.iter().map(|(line, _)| line).chain([&batch])) {
             continue;
         }
         let home = Home::open(sync).await?;
@@ -27,9 +28,14 @@ pub(super) async fn run(events: &[Envelope]) -> Anyhow<()> {
         let events: Vec<Envelope> = events.iter().take(n).enumerate().map(numbered).collect();
         for (line, is_sequence) in &lines {
             if is_wanted(line) {
-                let ours = || handle(&home, &events, true, *is_sequence);
-                pair(line, 0.95, events.len(), || handle(&home, &events, false, false), ours).await?;
+                let ours = if *is_sequence { Way::Sequences } else { Way::Events };
+                let raw = || handle(&home, &events, Way::Bare);
+                pair(line, 0.95, events.len(), raw, || handle(&home, &events, ours)).await?;
             }
+        }
+        if is_wanted(&batch) {
+            let raw = || handle(&home, &events, Way::BatchByHand);
+            pair(&batch, 0.9, events.len(), raw, || handle(&home, &events, Way::Batch)).await?;
         }
     }
     Ok(())
@@ -69,22 +75,58 @@ async fn noted(mut tx: Tx<Postgres>, Typed(order): Typed<Order>) -> Result<(), F
     Ok(())
 }
 
+/// How events are handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// In a transaction of the handler's own, which notes nothing.
+    Bare,
+    Events,
+    Sequences,
+    /// In batches, in a transaction of the handler's own, which inserts as many notes and looks at none.
+    BatchByHand,
+    Batch,
+}
+
+async fn add_all(connection: &mut sqlx::PgConnection, orders: &Batch<Order>) -> Result<(), sqlx::Error> {
+    let buyers: Vec<i64> = orders.iter().map(|order| order.message.buyer.cast_signed()).collect();
+    let insert =
+        sqlx::query("INSERT INTO work (buyer, note) SELECT unnest($1::bigint[]), 'an order of a buyer'");
+    insert.bind(buyers).execute(connection).await.map(drop)
+}
+
+async fn all_by_hand(orders: Batch<Order>, State(books): State<Books>) -> Result<Outcomes, Failure> {
+    let ids: Vec<_> = orders.iter().filter_map(|order| order.envelope.id().as_uuid()).collect();
+    let mut tx = books.pool.begin().await?;
+    let insert = sqlx::query("INSERT INTO raw_inbox (consumer, message_id) SELECT $1, unnest($2::uuid[])");
+    insert.bind("bench.all_by_hand@1").bind(ids).execute(&mut *tx).await?;
+    add_all(&mut tx, &orders).await?;
+    tx.commit().await?;
+    Ok(orders.done())
+}
+
+async fn all_noted(orders: Batch<Order>, mut tx: Tx<Postgres>) -> Result<Outcomes, Failure> {
+    add_all(&mut tx, &orders).await?;
+    Ok(orders.done())
+}
+
 /// How long a service takes for the events, from its first to the commit of its last.
-async fn handle(home: &Home, events: &[Envelope], is_noted: bool, is_sequence: bool) -> Anyhow<f64> {
+async fn handle(home: &Home, events: &[Envelope], way: Way) -> Anyhow<f64> {
     home.clear().await?;
     home.run("UPDATE account SET n = 0").await?;
     home.run("VACUUM account").await?;
     let (bus, topic): (Bus, _) = (void(), Topic::new("orders")?);
-    let memory = match is_sequence {
-        true => Memory::Sequences,
-        false => Memory::Events { keep: Duration::from_secs(14 * 24 * 3600) },
+    let memory = match way {
+        Way::Sequences => Memory::Sequences,
+        _ => Memory::Events { keep: Duration::from_secs(14 * 24 * 3600) },
     };
     let books = Books { pool: home.pool.clone(), inbox: Inbox::with_memory(&home.outbox, memory) };
     let lanes = NonZeroUsize::new(LANES).unwrap_or(NonZeroUsize::MIN);
     let service = Service::new("bench").lanes(lanes);
-    let service = match is_noted {
-        true => service.on(topic.clone(), noted),
-        false => service.on(topic.clone(), bare),
+    let service = match way {
+        Way::Bare => service.on(topic.clone(), bare),
+        Way::Events | Way::Sequences => service.on(topic.clone(), noted),
+        Way::BatchByHand => service.on_batch(topic.clone(), all_by_hand),
+        Way::Batch => service.on_batch(topic.clone(), all_noted),
     };
     let running = service.with_state(books.clone()).start(&bus).await?;
     let publisher = bus.transport().publisher().await?;
@@ -99,7 +141,8 @@ async fn handle(home: &Home, events: &[Envelope], is_noted: bool, is_sequence: b
     })
     .await?;
     running.stop().await?;
-    let n: i64 = sqlx::query_scalar("SELECT sum(n)::bigint FROM account").fetch_one(&home.pool).await?;
+    let effects = "SELECT (SELECT sum(n)::bigint FROM account) + (SELECT count(*) FROM work)";
+    let n: i64 = sqlx::query_scalar(effects).fetch_one(&home.pool).await?;
     if n != i64::try_from(events.len())? {
         return Err(format!("{n} effects of {} events", events.len()).into());
     }

@@ -54,15 +54,15 @@ impl Home {
         let tables = "CREATE TABLE work (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, buyer bigint NOT NULL, note text NOT NULL);
             CREATE TABLE account (id bigint PRIMARY KEY, n bigint NOT NULL) WITH (fillfactor = 50);
             INSERT INTO account SELECT n, 0 FROM generate_series(0, 9999) AS n;
-            CREATE TABLE raw (LIKE evt.outbox INCLUDING ALL);";
+            CREATE TABLE raw (LIKE evt.outbox INCLUDING ALL);
+            CREATE TABLE raw_inbox (LIKE evt.inbox INCLUDING ALL);";
         sqlx::raw_sql(tables).execute(&pool).await?;
         Ok(Self { _broker: broker, pool, outbox })
     }
 
     /// Every side of a pair begins with empty tables.
     async fn clear(&self) -> Anyhow<()> {
-        let tables =
-            "TRUNCATE work, raw, evt.outbox, evt.outbox_blocked, evt.inbox, evt.key_progress, evt.consumer";
+        let tables = "TRUNCATE work, raw, raw_inbox, evt.outbox, evt.outbox_blocked, evt.inbox, evt.key_progress, evt.consumer";
         self.run(tables).await
     }
 
