@@ -24,7 +24,7 @@ pub(crate) struct Report {
     /// Over an outbox: events in the topic, and how long the end took.
     pub(crate) n_published: u64,
     pub(crate) drained_ms: u64,
-    /// By what they are: order, loss, ghost, twice, panic, end, memory, secret.
+    /// By what they are: order, loss, ghost, twice, panic, gone, end, memory, secret.
     violations: BTreeMap<&'static str, Vec<String>>,
 }
 

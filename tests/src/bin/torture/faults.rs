@@ -35,8 +35,14 @@ impl Role {
             std::fs::OpenOptions::new().create(true).append(true).open(folder.join(format!("{name}.log")));
         let said = said.map_err(|error| error.to_string())?;
         let me = std::env::current_exe().map_err(|error| error.to_string())?;
-        let child =
-            Command::new(me).args(&arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said).spawn();
+        // Much is said, so that what must not be said would be.
+        let child = Command::new(me)
+            .args(&arguments)
+            .env("RUST_LOG", "info,eventbus=trace,outbox=trace")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(said)
+            .spawn();
         Ok(Self { child: child.map_err(|error| error.to_string())?, arguments, name })
     }
 
@@ -45,6 +51,15 @@ impl Role {
         if !sent.is_ok_and(|status| status.success()) {
             println!("{} could not be sent {signal}", self.name);
         }
+    }
+
+    /// Starts it again if it has ended by itself, which none may: whatever is away is waited for.
+    pub(crate) fn revive(&mut self, folder: &Path, report: &mut Report) -> Result<(), String> {
+        let Ok(Some(status)) = self.child.try_wait() else { return Ok(()) };
+        let said = std::fs::read_to_string(folder.join(format!("{}.log", self.name))).unwrap_or_default();
+        let last = said.lines().last().unwrap_or("without a word");
+        report.violated("gone", format!("{} ended by itself, {status}: {last}", self.name));
+        self.again(folder)
     }
 
     /// Starts it again; it must be over.
@@ -131,12 +146,8 @@ pub(crate) fn run(
     while begin.elapsed() < length {
         std::thread::sleep(Duration::from_secs(1));
         n_faults += 1;
-        // Whoever ended by itself is started again: it may have met a bus that is away.
         for role in producers.iter_mut().chain(&mut consumers) {
-            if role.child.try_wait().is_ok_and(|status| status.is_some()) {
-                *report.faults.entry("came back by itself").or_default() += 1;
-                role.again(folder)?;
-            }
+            role.revive(folder, &mut report)?;
         }
         let name = disturb(&mut random, n_faults, &mut target, &mut producers, &mut consumers, folder)?;
         *report.faults.entry(name).or_default() += 1;
@@ -170,9 +181,7 @@ pub(crate) fn run(
             (n_before, moved_at) = (n_handled, Instant::now());
         }
         for consumer in &mut consumers {
-            if consumer.child.try_wait().is_ok_and(|status| status.is_some()) {
-                consumer.again(folder)?;
-            }
+            consumer.revive(folder, &mut report)?;
         }
         std::thread::sleep(Duration::from_millis(500));
     }

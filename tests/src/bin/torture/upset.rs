@@ -22,6 +22,8 @@ const N_APPLIERS: usize = 3;
 const KILL_EVERY: u64 = 8;
 /// The password of the processes: none may say it.
 const CANARY: &str = "torture-canary";
+/// How long a second effect is waited for, when all have had their first.
+const LATE: Duration = Duration::from_secs(3);
 /// Most memory of a process.
 const MAX_MEMORY_KIB: u64 = 256 * 1024;
 
@@ -144,14 +146,11 @@ fn run_on<D: Base>(
 }
 
 impl<D: Base> Run<'_, D> {
-    /// Whoever ended by itself is started again: it may have met a bus or a database that was away.
+    /// Has nobody missing, but for writers that are done.
     fn revive(&mut self, report: &mut Report) -> Result<(), String> {
-        for role in &mut self.roles {
-            let is_over = role.child.try_wait().is_ok_and(|status| status.is_some());
-            if is_over && !(role.name.starts_with("write") && self.folder.join("over").exists()) {
-                *report.faults.entry("came back by itself").or_default() += 1;
-                role.again(self.folder)?;
-            }
+        let is_over = self.folder.join("over").exists();
+        for role in self.roles.iter_mut().filter(|role| !(is_over && role.name.starts_with("write"))) {
+            role.revive(self.folder, report)?;
         }
         Ok(())
     }
@@ -245,7 +244,9 @@ impl<D: Base> Run<'_, D> {
                 continue;
             };
             if n_effects >= n_committed {
-                return Ok(());
+                // One that comes again comes late.
+                std::thread::sleep(LATE);
+                return self.revive(report);
             }
             if n_effects > before {
                 (before, moved_at) = (n_effects, Instant::now());
