@@ -143,6 +143,7 @@ macro_rules! __conformance_list {
             A3 secrets_never_print []
             A4 close_leaves_nothing_behind []
             A5 types_hold_the_seam []
+            A6 what_is_kept_is_told []
         }
     };
 }

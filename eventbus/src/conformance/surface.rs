@@ -1,9 +1,12 @@
-//! A1–A5: what can be seen of a transport.
+//! A1–A6: what can be seen of a transport.
 
 use std::fmt::Debug;
+use std::time::Duration;
 
 use super::check::{Violation, ensure, ensure_eq};
 use super::cx::{Checked, Cx, pass, some};
+use crate::admin::TopicSpec;
+use crate::error::ErrorKind;
 use crate::transport::{Consumer, Publisher, Settle, Token, Transport};
 
 pub(super) async fn lag_counts_down(mut cx: Cx) -> Checked {
@@ -28,6 +31,22 @@ pub(super) async fn lag_counts_down(mut cx: Cx) -> Checked {
         s.member.ack(part).await?;
         ensure_eq!(lag().await?, 30 - 10 * at as u64, "lag after {} settled", 10 * (at + 1));
     }
+    Ok(())
+}
+
+pub(super) async fn what_is_kept_is_told(mut cx: Cx) -> Checked {
+    const AGE: Duration = Duration::from_secs(36 * 3600);
+    let (transport, topic) = (cx.connect().await?, cx.topic("t")?);
+    let Some(admin) = transport.admin() else { return Ok(()) };
+    match admin.declare(&TopicSpec::new(topic.clone()).with_max_age(AGE)).await {
+        Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),
+        declared => drop(declared?),
+    }
+    let told = admin.topic(&topic).await?.map(|info| info.retention.max_age);
+    ensure_eq!(told, Some(Some(AGE)), "what is told of a topic that keeps events for 36 h");
+    let all = admin.topics().await?;
+    let told = all.into_iter().find(|info| info.topic == topic).map(|info| info.retention.max_age);
+    ensure_eq!(told, Some(Some(AGE)), "what is told of it among all topics");
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering as Atomic;
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
-use eventbus::admin::{GroupInfo, Record, TopicInfo};
+use eventbus::admin::{GroupInfo, Record, Retention, TopicInfo};
 use eventbus::fitness::Probe;
 use eventbus::{Admin, Group, Key, Offset, PartitionId, Result, Topic, TopicSpec};
 
@@ -14,6 +14,14 @@ use super::transport::Shared;
 #[derive(Debug)]
 pub(super) struct MutantAdmin(pub(super) Shared);
 
+impl MutantAdmin {
+    fn hide(&self, info: &mut TopicInfo) {
+        if self.0.is(Defect::RetentionHidden) {
+            info.retention = Retention::default();
+        }
+    }
+}
+
 #[async_trait]
 impl Admin for MutantAdmin {
     async fn declare(&self, spec: &TopicSpec) -> Result<bool> {
@@ -21,11 +29,15 @@ impl Admin for MutantAdmin {
     }
 
     async fn topics(&self) -> Result<Vec<TopicInfo>> {
-        self.0.memory.topics().await
+        let mut topics = self.0.memory.topics().await?;
+        topics.iter_mut().for_each(|info| self.hide(info));
+        Ok(topics)
     }
 
     async fn topic(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
-        self.0.memory.topic(topic).await
+        let mut found = self.0.memory.topic(topic).await?;
+        found.iter_mut().for_each(|info| self.hide(info));
+        Ok(found)
     }
 
     async fn delete_topic(&self, topic: &Topic) -> Result<()> {

@@ -130,6 +130,7 @@ mutants! {
     TwoOwners "two_owners" on Plain: "D10";
     // The surface.
     LagLies "lag_lies" on Plain: "A1";
+    RetentionHidden "retention_hidden" on Plain: "A6";
     CapabilityFlips "capability_flips" on Plain: "A2";
     PrintsSecret "prints_secret" on Plain: "A3";
     LeaksTask "leaks_task" on Plain: "A4";

@@ -267,9 +267,12 @@ impl Admin for Kafka {
     }
 
     async fn topics(&self) -> Result<Vec<TopicInfo>> {
-        self.client
+        let mut topics: Vec<TopicInfo> = self
+            .client
             .blocking(|client| client.all()?.iter().map(|topic| client.describe(topic)).collect())
-            .await
+            .await?;
+        self.client.keeps(&mut topics).await?;
+        Ok(topics)
     }
 
     async fn topic(&self, topic: &Topic) -> Result<Option<TopicInfo>> {
@@ -277,7 +280,11 @@ impl Admin for Kafka {
         let found = self.client.blocking(move |client| client.describe(&topic)).await;
         match found {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            found => found.map(Some),
+            found => {
+                let mut found = found?;
+                self.client.keeps(std::slice::from_mut(&mut found)).await?;
+                Ok(Some(found))
+            }
         }
     }
 

@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rdkafka::ClientConfig;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, ConfigResource, NewTopic, OwnedResourceSpecifier, ResourceSpecifier,
+    TopicReplication,
+};
 use rdkafka::client::{ClientContext, DefaultClientContext};
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
@@ -16,7 +19,7 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 use super::Options;
 use super::ends::Ends;
 use super::publisher::Producing;
-use crate::admin::Retention;
+use crate::admin::{Retention, TopicInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::transport::TlsFiles;
@@ -42,6 +45,8 @@ pub(super) struct Client {
     returned: Condvar,
     pub(super) producing: Producing,
     topics: Mutex<HashMap<Topic, (u32, Instant)>>,
+    /// What is kept of topics, believed for as long.
+    kept: Mutex<HashMap<Topic, (Retention, Instant)>>,
     /// The ends of partitions that somebody waits for.
     pub(super) ends: Arc<Ends>,
     closed: AtomicBool,
@@ -173,6 +178,7 @@ impl Client {
                 returned: Condvar::new(),
                 producing,
                 topics: Mutex::default(),
+                kept: Mutex::default(),
                 ends,
                 closed: AtomicBool::new(false),
                 options,
@@ -287,6 +293,7 @@ impl Client {
 
     pub(super) fn forget(&self, topic: &Topic) {
         self.topics.lock().remove(topic);
+        self.kept.lock().remove(topic);
         self.producing.forget(topic);
     }
 
@@ -336,6 +343,37 @@ impl Client {
             Some(Err((_, code))) => Err(from_kafka(KafkaError::AdminOp(code)).with("topic", topic)),
             _ => Ok(true),
         }
+    }
+
+    /// Says what is kept of topics, where the broker tells us.
+    pub(super) async fn keeps(&self, topics: &mut [TopicInfo]) -> Result<()> {
+        let asked: Vec<String> = {
+            let mut kept = self.kept.lock();
+            kept.retain(|_, (_, since)| since.elapsed() < TOPIC_AGE);
+            topics
+                .iter()
+                .filter(|info| !kept.contains_key(&info.topic))
+                .map(|info| info.topic.to_string())
+                .collect()
+        };
+        if !asked.is_empty() {
+            let asked: Vec<_> = asked.iter().map(|topic| ResourceSpecifier::Topic(topic)).collect();
+            let told = self.admin.describe_configs(&asked, &self.patience()).await.map_err(from_kafka)?;
+            let mut kept = self.kept.lock();
+            // Who may not look at settings is not told.
+            for config in told.into_iter().flatten() {
+                if let OwnedResourceSpecifier::Topic(name) = &config.specifier
+                    && let Ok(topic) = Topic::new(name.as_str())
+                {
+                    kept.insert(topic, (retention(&config), Instant::now()));
+                }
+            }
+        }
+        let kept = self.kept.lock();
+        for info in topics {
+            info.retention = kept.get(&info.topic).map_or_else(Retention::default, |(kept, _)| *kept);
+        }
+        Ok(())
     }
 
     pub(super) fn patience(&self) -> AdminOptions {
@@ -396,6 +434,14 @@ fn reader(config: &ClientConfig, quiet: Quiet) -> Result<BaseConsumer<Quiet>> {
 
 pub(super) fn interrupted(error: tokio::task::JoinError) -> Error {
     Error::new(ErrorKind::Unexpected, "the work on the client was interrupted").caused_by(error)
+}
+
+/// What a topic's settings say; `retention.ms` of -1 is no bound, and where only `compact` is asked for nothing goes by age.
+fn retention(config: &ConfigResource) -> Retention {
+    let value = |name| config.get(name).and_then(|entry| entry.value.as_deref());
+    let goes_by_age = value("cleanup.policy").is_none_or(|policy| policy.contains("delete"));
+    let age = value("retention.ms").filter(|_| goes_by_age).and_then(|millis| millis.parse().ok());
+    Retention { max_age: age.map(Duration::from_millis), ..Retention::default() }
 }
 
 pub(super) fn missing(topic: &Topic) -> Error {
