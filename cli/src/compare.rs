@@ -123,8 +123,7 @@ struct Consumer<'a> {
 
 impl<'a> Consumer<'a> {
     async fn find(inbox: &'a dyn InboxOperator, name: &'a str) -> Outcome<Self> {
-        let consumers = inbox.consumers().await?;
-        if !consumers.iter().any(|seen| seen.consumer == name) {
+        if inbox.memory(name).await?.is_none() {
             return Err(Failure::NotFound(format!(
                 "there is no consumer {name}: eventctl inbox list shows them"
             )));

@@ -85,11 +85,10 @@ pub(crate) async fn run(command: &InboxCommand, gate: &Gate, out: &mut Out) -> O
             out.rows(rows.collect())
         }
         What::List { consumer: Some(name), max } => {
-            let consumers = inbox.consumers().await?;
-            let Some(seen) = consumers.iter().find(|seen| seen.consumer == *name) else {
+            let Some(memory) = inbox.memory(name).await? else {
                 return Err(Failure::NotFound(format!("there is no consumer {name}")));
             };
-            if seen.memory == "events" {
+            if memory == "events" {
                 let handled = inbox.handled(name, *max).await?;
                 let rows = handled.iter().map(|one| row! {"event_id": one.event_id, "age_ms": one.age_ms});
                 return out.rows(rows.collect());

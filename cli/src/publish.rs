@@ -108,15 +108,15 @@ pub(crate) struct Publish {
     /// What a line does that cannot be read.
     #[arg(long, value_enum, default_value = "stop")]
     pub on_error: OnError,
+    /// Writes a receipt for each event to standard output.
+    #[arg(long, value_name = "jsonl", value_parser = ["jsonl"])]
+    pub report: Option<String>,
     /// Commits the events to the outbox instead, those of a window in one transaction, and does not ask for the bus: a relay
     /// publishes them.
     #[arg(long, conflicts_with = "report")]
     pub via_outbox: bool,
     #[command(flatten, next_help_heading = "With --via-outbox")]
     pub store: Store,
-    /// Writes a receipt for each event to standard output.
-    #[arg(long, value_name = "jsonl", value_parser = ["jsonl"])]
-    pub report: Option<String>,
 }
 
 /// Lines read ahead.

@@ -58,8 +58,11 @@ pub struct Progress {
 /// [`NotFound`](eventbus::ErrorKind::NotFound) without tables. Dropping a call loses only the knowledge.
 #[async_trait]
 pub trait InboxOperator: fmt::Debug + Send + Sync {
-    /// Lists consumers, by name.
+    /// Lists consumers, by name, and counts what they know: that looks at all of it.
     async fn consumers(&self) -> Result<Vec<ConsumerSeen>>;
+
+    /// Returns by what a consumer knows events, as [`ConsumerSeen::memory`] has it; `None` = there is no such consumer.
+    async fn memory(&self, consumer: &str) -> Result<Option<String>>;
 
     /// Lists what a consumer handled that knows events by their ids, the latest first.
     async fn handled(&self, consumer: &str, max: u32) -> Result<Vec<Handled>>;
@@ -92,6 +95,11 @@ struct Known {
     id: String,
 }
 
+#[derive(Deserialize)]
+struct Noted {
+    memory: String,
+}
+
 /// An id as a literal of the database.
 fn literal_id<Db: Backend>(id: &Uuid) -> String {
     Db::DIALECT.id.replace("{}", &id.simple().to_string())
@@ -110,6 +118,12 @@ impl<Db: Backend> InboxOperator for Desk<Db> {
             FROM EVTconsumer c ORDER BY c.consumer",
         )
         .await
+    }
+
+    async fn memory(&self, consumer: &str) -> Result<Option<String>> {
+        let of = literal(consumer);
+        let sql = format!("SELECT OBJECT('memory', c.memory) FROM EVTconsumer c WHERE c.consumer = {of}");
+        Ok(self.ask::<Noted>(&sql).await?.pop().map(|noted| noted.memory))
     }
 
     async fn handled(&self, consumer: &str, max: u32) -> Result<Vec<Handled>> {
