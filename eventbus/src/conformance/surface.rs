@@ -1,6 +1,7 @@
 //! A1–A6: what can be seen of a transport.
 
 use std::fmt::Debug;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use super::check::{Violation, ensure, ensure_eq};
@@ -38,7 +39,8 @@ pub(super) async fn what_is_kept_is_told(mut cx: Cx) -> Checked {
     const AGE: Duration = Duration::from_secs(36 * 3600);
     let (transport, topic) = (cx.connect().await?, cx.topic("t")?);
     let Some(admin) = transport.admin() else { return Ok(()) };
-    match admin.declare(&TopicSpec::new(topic.clone()).with_max_age(AGE)).await {
+    let spec = TopicSpec::new(topic.clone()).with_partitions(NonZeroU32::MIN).with_max_age(AGE);
+    match admin.declare(&spec).await {
         Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),
         declared => drop(declared?),
     }
