@@ -83,13 +83,17 @@ impl Backend for Postgres {
             remember_sequence: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq) VALUES ($1, $2, $3, $4)
                 ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
                 WHERE p.last_seq < excluded.last_seq"),
-            // Sorted, so that calls with events in common wait for each other in one direction.
-            remember_messages: sql("INSERT INTO evt.inbox (consumer, message_id) SELECT $1, i FROM unnest($2::uuid[]) AS e (i) ORDER BY i
-                ON CONFLICT DO NOTHING RETURNING message_id"),
-            remember_sequences: sql("INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq)
-                SELECT $1, s, k, n FROM unnest($2::text[], $3::bytea[], $4::bigint[]) AS e (s, k, n) ORDER BY s COLLATE \"C\", k
-                ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
-                WHERE p.last_seq < excluded.last_seq RETURNING source, key"),
+            // Sorted, so that calls with events in common wait for each other in one direction. All of them are new most of
+            // the time, and then there is nothing to tell.
+            remember_messages: sql("WITH noted AS (INSERT INTO evt.inbox (consumer, message_id)
+                  SELECT $1, i FROM unnest($2::uuid[]) AS e (i) ORDER BY i ON CONFLICT DO NOTHING RETURNING message_id)
+                SELECT CASE WHEN count(*) < cardinality($2::uuid[]) THEN coalesce(array_agg(message_id), '{}') END FROM noted"),
+            remember_sequences: sql("WITH noted AS (INSERT INTO evt.key_progress AS p (consumer, source, key, last_seq)
+                  SELECT $1, s, k, n FROM unnest($2::text[], $3::bytea[], $4::bigint[]) AS e (s, k, n) ORDER BY s COLLATE \"C\", k
+                  ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
+                  WHERE p.last_seq < excluded.last_seq RETURNING source, key)
+                SELECT CASE WHEN count(*) < cardinality($3::bytea[]) THEN coalesce(array_agg(source), '{}') END,
+                  CASE WHEN count(*) < cardinality($3::bytea[]) THEN coalesce(array_agg(key), '{}') END FROM noted"),
             intend: sql("INSERT INTO evt.intent AS i (consumer, message_id)
                 SELECT $1::text, $2::uuid WHERE NOT EXISTS (SELECT 1 FROM evt.inbox WHERE consumer = $1 AND message_id = $2)
                 ON CONFLICT (consumer, message_id) DO UPDATE SET runs = i.runs + 1, begun_at = now() RETURNING runs"),
@@ -229,24 +233,27 @@ impl Backend for Postgres {
                 }
             }
         }
-        let (mut new_ids, mut new_keys) = (HashSet::new(), HashSet::new());
+        // `None` = all.
+        let (mut new_ids, mut new_keys) = (None::<HashSet<uuid::Uuid>>, None::<HashSet<(String, Vec<u8>)>>);
         if !ids.is_empty() {
-            let query =
-                sqlx::query_scalar::<_, uuid::Uuid>(AssertSqlSafe(statements.remember_messages.clone()));
-            let noted = query.bind(consumer).bind(ids).fetch_all(&mut *connection).await;
-            new_ids.extend(noted.map_err(from_sqlx)?);
+            let sql = AssertSqlSafe(statements.remember_messages.clone());
+            let query = sqlx::query_scalar::<_, Option<Vec<uuid::Uuid>>>(sql).bind(consumer).bind(ids);
+            let noted = query.fetch_one(&mut *connection).await.map_err(from_sqlx)?;
+            new_ids = noted.map(|ids| ids.into_iter().collect());
         }
         if !keys.is_empty() {
-            let query =
-                sqlx::query_as::<_, (String, Vec<u8>)>(AssertSqlSafe(statements.remember_sequences.clone()));
-            let noted =
-                query.bind(consumer).bind(sources).bind(keys).bind(numbers).fetch_all(connection).await;
-            new_keys.extend(noted.map_err(from_sqlx)?);
+            let sql = AssertSqlSafe(statements.remember_sequences.clone());
+            let query = sqlx::query_as::<_, (Option<Vec<String>>, Option<Vec<Vec<u8>>>)>(sql).bind(consumer);
+            let query = query.bind(sources).bind(keys).bind(numbers);
+            let (sources, keys) = query.fetch_one(connection).await.map_err(from_sqlx)?;
+            new_keys = sources.zip(keys).map(|(sources, keys)| sources.into_iter().zip(keys).collect());
         }
         // The first of two with one id is the new one.
         let are_new = known.iter().map(|known| match known {
-            Known::Message { id } => new_ids.remove(id),
-            Known::Sequence { source, key, .. } => new_keys.remove(&((*source).to_owned(), key.to_vec())),
+            Known::Message { id } => new_ids.as_mut().is_none_or(|new| new.remove(id)),
+            Known::Sequence { source, key, .. } => {
+                new_keys.as_mut().is_none_or(|new| new.remove(&((*source).to_owned(), key.to_vec())))
+            }
         });
         Ok(are_new.collect())
     }
