@@ -35,7 +35,7 @@ pub(super) async fn lag_counts_down(mut cx: Cx) -> Checked {
     Ok(())
 }
 
-pub(super) async fn what_is_kept_is_told(mut cx: Cx) -> Checked {
+pub(super) async fn what_is_kept_is_told(cx: Cx) -> Checked {
     const AGE: Duration = Duration::from_secs(36 * 3600);
     let (transport, topic) = (cx.connect().await?, cx.topic("t")?);
     let Some(admin) = transport.admin() else { return Ok(()) };
