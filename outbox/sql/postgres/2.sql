@@ -9,7 +9,8 @@ CREATE TABLE evt.intent (
   PRIMARY KEY (consumer, message_id)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000);
 
--- How long an owner's lease is, so that one which the server's clock made longer by going back is none.
-ALTER TABLE evt.outbox_shard ADD COLUMN lease_seconds double precision NOT NULL DEFAULT 15;
+-- How long an owner's lease is, so that one which the server's clock made longer by going back is none. Owners that do not say
+-- are of the first version, and may have the longest.
+ALTER TABLE evt.outbox_shard ADD COLUMN lease_seconds double precision NOT NULL DEFAULT 600;
 
 UPDATE evt.meta SET value = '2' WHERE name = 'version';

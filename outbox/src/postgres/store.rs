@@ -101,7 +101,8 @@ impl Sql {
             // could be due where an earlier one just was not. What is left out is looked up in hash tables, which lists
             // (`<> ALL`) and joins of a plan that knows no sizes are not: thousands of rows are passed by thousands.
             claim: sql(&format!("SELECT id, shard, event_id, topic, key, has_key, head::text, payload, size,
-                  coalesce((SELECT b.attempts FROM evt.outbox_blocked b WHERE b.shard = q.shard AND b.topic = q.topic AND b.key = q.key), 0)
+                  coalesce((SELECT b.attempts FROM evt.outbox_blocked b
+                    WHERE b.shard = q.shard AND b.topic = q.topic AND b.key = q.key AND b.head_id = q.id), 0)
                 FROM (
                   SELECT f.*, sum(f.size) OVER (ORDER BY f.place, f.id) AS total FROM (
                     SELECT s.place, o.* FROM (
@@ -327,7 +328,10 @@ impl Store for PostgresStore {
     }
 
     async fn close(&self) {
-        self.listener.lock().await.take();
+        // One that is listening ends with its pool.
+        if let Ok(mut listener) = self.listener.try_lock() {
+            listener.take();
+        }
         self.pool.close().await;
     }
 }

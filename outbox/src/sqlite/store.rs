@@ -79,7 +79,7 @@ impl Sql {
                 WHERE owner = ? AND shard IN (SELECT value FROM json_each(?))"),
             leave: sql("DELETE FROM evt_outbox_relay WHERE relay = ?"),
             claim: sql(&format!("WITH found AS (
-                  SELECT o.id, o.size, coalesce(b.attempts, 0) AS attempts FROM evt_outbox o
+                  SELECT o.id, o.size, iif(b.head_id = o.id, b.attempts, 0) AS attempts FROM evt_outbox o
                   LEFT JOIN evt_outbox_blocked b ON b.shard = o.shard AND b.topic = o.topic AND b.key = o.key
                   WHERE o.shard IN (SELECT value FROM json_each(?1)) AND o.id NOT IN (SELECT value FROM json_each(?2))
                     AND (o.topic, hex(o.key)) NOT IN (SELECT x.value ->> 0, x.value ->> 1 FROM json_each(?6) x)

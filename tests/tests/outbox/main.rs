@@ -119,6 +119,7 @@ on_each! {
         a_transport_that_panics_stops_no_key
         a_relay_stops_though_its_database_is_gone
         relays_share_the_work
+        patience_begins_anew_with_each_event
         a_relay_that_dies_is_replaced
         a_relay_that_lost_its_lease_changes_nothing
         a_note_that_comes_late_blocks_nothing

@@ -198,6 +198,21 @@ pub(crate) async fn relays_share_the_work<Db: Home>(cx: Cx<Db>) {
     store.close().await;
 }
 
+pub(crate) async fn patience_begins_anew_with_each_event<Db: Home>(cx: Cx<Db>) {
+    cx.publish("a", 1).await;
+    cx.publish("a", 2).await;
+    let store = cx.store().await;
+    let owned = store.lease("one", Duration::from_secs(60)).await.unwrap().shards;
+    let claim = outbox::Claim::new(owned.iter().map(|(shard, _)| *shard).collect(), 10, 1 << 20);
+    let rows = store.claim(&claim).await.unwrap();
+    let blocked = outbox::Blocked::new(&rows[0], 5, Duration::ZERO, "five times");
+    store.block("one", &owned, &[blocked]).await.unwrap();
+    // What comes behind an event that failed often did not fail.
+    let rows = store.claim(&claim).await.unwrap();
+    assert_eq!(rows.iter().map(|row| row.attempts).collect::<Vec<_>>(), [5, 0]);
+    store.close().await;
+}
+
 pub(crate) async fn a_relay_that_dies_is_replaced<Db: Home>(cx: Cx<Db>) {
     let store = cx.store().await;
     assert_eq!(store.lease("dead", Duration::from_millis(1500)).await.unwrap().shards.len(), 64);

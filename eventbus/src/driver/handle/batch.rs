@@ -54,7 +54,9 @@ pub(in crate::driver) async fn batch(subscribed: &Subscribed, deliveries: Vec<De
     }
     let started = Meters::clock();
     let ran = limited(subscribed.policy.timeout, handler.call(&contexts)).await.and_then(|ran| ran);
-    let unit = contexts.iter().find_map(Context::take_unit);
+    // One by itself ends with its unit as if there were no batch.
+    let unit =
+        if contexts.len() > 1 || ran.is_err() { contexts.iter().find_map(Context::take_unit) } else { None };
     let ended = match (ran, unit) {
         (Ok(outcomes), None) => Ok(one_by_one(subscribed, route, &contexts, outcomes, started).await),
         (Ok(outcomes), Some(unit)) => together(subscribed, route, &contexts, outcomes, unit, started).await,
