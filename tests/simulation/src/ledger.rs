@@ -344,7 +344,8 @@ impl Ledger {
                 }
                 let pending = Pending::new(*id, *shard, row.topic.clone(), row.envelope.clone());
                 n_bytes += pending.size_bytes;
-                found.push(pending.with_attempts(block.map_or(0, |block| block.attempts)));
+                let attempts = block.filter(|block| block.head == *id).map_or(0, |block| block.attempts);
+                found.push(pending.with_attempts(attempts));
             }
         }
         found
