@@ -97,8 +97,8 @@ pub use self::service::{Guard, Service};
 pub use self::subscription::{Audience, Start, Subscription};
 pub use self::text::Text;
 pub use self::transport::{
-    Confirm, Consumer, Content, Delivery, Polled, Publisher, Receipt, Receipts, Resolver, Settle, Settled,
-    Token, Transport, Undecodable,
+    Confirm, Consumer, Content, Delivery, InFile, Polled, Publisher, Receipt, Receipts, Resolver, Settle,
+    Settled, Token, Transport, Undecodable,
 };
 pub use self::unit::Unit;
 pub use self::versions::OtherVersions;

@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 use eventbus::fitness::Probe;
 use eventbus::sql::{from_sqlx, is_unknown};
-use eventbus::{Error, ErrorKind, Result};
+use eventbus::transport::Place;
+use eventbus::{Error, ErrorKind, Result, Transport};
 use sqlx::{Database, Pool};
 
+use crate::direct::Direct;
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::Row;
@@ -71,7 +73,16 @@ pub trait Backend: Database + sealed::Sealed {
         statements: &Self::Statements,
         rows: &[Row],
         in_unit: bool,
+        direct: Option<&Direct>,
     ) -> impl Future<Output = Result<Fate>> + Send;
+
+    /// Prepares transactions to publish into a transport by themselves; `false` = they cannot.
+    #[doc(hidden)]
+    fn adjoin(
+        pool: &Pool<Self>,
+        statements: &Self::Statements,
+        transport: &Arc<dyn Transport>,
+    ) -> impl Future<Output = Result<bool>> + Send;
 
     /// Fails where commits on a connection may be lost again, as far as it does not mend that; units that were begun here are
     /// sound.
@@ -99,6 +110,7 @@ pub trait Backend: Database + sealed::Sealed {
         pool: &Pool<Self>,
         statements: &Self::Statements,
         fate: &Fate,
+        direct: Option<&Direct>,
     ) -> impl Future<Output = Result<Option<bool>>> + Send;
 
     /// Notes that a consumer handles an event; `false` = it did before. Waits for another transaction that does so now.
@@ -220,6 +232,8 @@ pub enum Fate {
     Transaction { id: u64, life: Option<i64>, event: uuid::Uuid },
     /// SQLite: the last event of the transaction.
     Event { row: i64, id: uuid::Uuid },
+    /// SQLite: the last event of the transaction, in the bus itself.
+    Published { place: Place, id: uuid::Uuid },
 }
 
 /// The version of the tables that this code reads and writes.

@@ -60,6 +60,7 @@ compile_error!("outbox needs a database: enable its feature \"postgres\" or \"sq
 mod any;
 mod backend;
 mod bell;
+mod direct;
 mod doorbell;
 mod fitness;
 mod head;

@@ -1,14 +1,15 @@
 //! Publishing inside a transaction.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use eventbus::{Envelope, Error, ErrorKind, EventId, Message, Result, Text, Topic};
+use eventbus::{Bus, Envelope, Error, ErrorKind, EventId, Message, Result, Text, Topic};
 use sqlx::Pool;
 
 use crate::backend::{Backend, Fate};
 use crate::bell::Bell;
+use crate::direct::Direct;
 use crate::doorbell::Doorbell;
 use crate::namespace::Namespace;
 use crate::row::Row;
@@ -93,6 +94,7 @@ struct Inner<Db: Backend> {
     bell: Bell,
     doorbell: Doorbell,
     writer: Arc<Db::Writer>,
+    direct: OnceLock<Direct>,
 }
 
 /// A transaction whose commit may not have been answered: asked with [`Outbox::resolve`].
@@ -109,7 +111,8 @@ impl<Db: Backend> Outbox<Db> {
     pub fn with_options(pool: Pool<Db>, options: Options) -> Self {
         let statements = Db::statements(&options.namespace);
         let (bell, doorbell) = (Bell::default(), Doorbell::default());
-        Self(Arc::new(Inner { pool, options, statements, bell, doorbell, writer: Arc::default() }))
+        let (writer, direct) = (Arc::default(), OnceLock::new());
+        Self(Arc::new(Inner { pool, options, statements, bell, doorbell, writer, direct }))
     }
 
     /// Creates what is missing of the tables. Programs that start at once do not disturb each other.
@@ -125,6 +128,35 @@ impl<Db: Backend> Outbox<Db> {
     pub async fn migrate(&self) -> Result<()> {
         let (pool, namespace) = (self.0.pool.clone(), self.0.options.namespace.clone());
         whole(async move { Db::migrate(&pool, &namespace).await }).await
+    }
+
+    /// Has transactions publish into a bus by themselves, from now on and with all clones, if its topics are in the same SQLite
+    /// file: an event is in its topic when the transaction is committed, and there is no relay between them. Returns whether
+    /// that is so; with any other bus or database nothing changes.
+    ///
+    /// The order and the guarantees are those of a relay, without its repetitions. Start a relay all the same: while the
+    /// outbox holds anything (from before, of other programs, or because the bus's file has reached its bound), transactions
+    /// put their events behind it.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify); [`Conflict`](ErrorKind::Conflict) after a call with another bus.
+    ///
+    /// # Cancellation
+    /// It is so or not; repeat it.
+    pub async fn publish_into(&self, bus: &Bus) -> Result<bool> {
+        let (outbox, transport) = (self.clone(), bus.transport().clone());
+        let adjoin = async move { Db::adjoin(&outbox.0.pool, &outbox.0.statements, &transport).await };
+        if !whole(adjoin).await? {
+            return Ok(false);
+        }
+        let store = self.store().await?;
+        let identity = store.identity().await;
+        store.close().await;
+        let direct = Direct { transport: bus.transport().clone(), identity: identity?.into() };
+        match Arc::ptr_eq(&self.0.direct.get_or_init(|| direct).transport, bus.transport()) {
+            true => Ok(true),
+            false => Err(Error::new(ErrorKind::Conflict, "the outbox publishes into another bus already")),
+        }
     }
 
     /// Begins a transaction that publishes when it commits. On SQLite it takes the file's write lock at once: one that begins
@@ -190,13 +222,16 @@ impl<Db: Backend> Outbox<Db> {
     /// [doorbell](Options::doorbell) can be rung.
     pub fn wake(&self) {
         self.0.bell.ring();
+        if let Some(bus) = self.0.direct.get().and_then(Direct::bus) {
+            bus.committed();
+        }
         if Db::HAS_DOORBELL && self.0.options.doorbell {
             self.0.doorbell.ring(self);
         }
     }
 
     /// Finds out whether a transaction was committed; `None` = that cannot be said: it may still run, or it is too long
-    /// ago (PostgreSQL keeps the last two billion), or on SQLite its events are published already.
+    /// ago (PostgreSQL keeps the last two billion), or on SQLite a relay has published its events already.
     ///
     /// # Errors
     /// Transient.
@@ -205,7 +240,11 @@ impl<Db: Backend> Outbox<Db> {
     /// Safe.
     pub async fn resolve(&self, ticket: Ticket) -> Result<Option<bool>> {
         let outbox = self.clone();
-        whole(async move { Db::fate(&outbox.0.pool, &outbox.0.statements, &ticket.0).await }).await
+        let asked = async move {
+            let inner = &*outbox.0;
+            Db::fate(&inner.pool, &inner.statements, &ticket.0, inner.direct.get()).await
+        };
+        whole(asked).await
     }
 
     /// Returns the connections.
@@ -287,7 +326,8 @@ impl<Db: Backend> Outbox<Db> {
             return Ok(None);
         }
         check_keys(rows)?;
-        Db::append(connection, &self.0.statements, rows, in_unit).await.map(|fate| Some(Ticket(fate)))
+        let direct = self.0.direct.get();
+        Db::append(connection, &self.0.statements, rows, in_unit, direct).await.map(|fate| Some(Ticket(fate)))
     }
 
     /// Asks for a while what became of a commit that was not answered.

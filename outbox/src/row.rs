@@ -35,9 +35,7 @@ pub struct Row {
     pub(crate) key: Bytes,
     pub(crate) has_key: bool,
     pub(crate) id: Uuid,
-    pub(crate) head: String,
-    pub(crate) payload: Option<Bytes>,
-    pub(crate) size: i32,
+    pub(crate) event: Envelope,
 }
 
 /// What a relay adds to an event at most: three names and their values.
@@ -54,23 +52,33 @@ impl Row {
             Some(key) => (key.to_bytes(), true),
             None => (Bytes::copy_from_slice(id.as_bytes()), false),
         };
-        Ok(Self {
-            topic: topic.clone(),
-            key,
-            has_key,
-            id,
-            head: head::write(&event),
-            payload: event.payload().cloned(),
-            size: i32::try_from(event.size_bytes()).unwrap_or(i32::MAX),
-        })
+        Ok(Self { topic: topic.clone(), key, has_key, id, event })
+    }
+
+    /// What the event says beside topic, key and body.
+    pub(crate) fn head(&self) -> String {
+        head::write(&self.event)
+    }
+
+    pub(crate) fn payload(&self) -> Option<&[u8]> {
+        self.event.payload().map(AsRef::as_ref)
+    }
+
+    pub(crate) fn size(&self) -> i32 {
+        i32::try_from(self.event.size_bytes()).unwrap_or(i32::MAX)
     }
 }
 
 /// What an event is known by: its id if that is a UUID, else one made of source and id, which CloudEvents 1.0 (section
 /// 3.1.1, "id") makes unique together.
 pub(crate) fn dedup_id(event: &Envelope) -> Uuid {
-    event.id().as_uuid().unwrap_or_else(|| {
-        let name = format!("{}\n{}", event.source(), event.id());
+    known_as(event.source(), event.id())
+}
+
+/// The same of an event with this source and id.
+pub(crate) fn known_as(source: &str, id: &EventId) -> Uuid {
+    id.as_uuid().unwrap_or_else(|| {
+        let name = format!("{source}\n{id}");
         Uuid::new_v5(&Uuid::NAMESPACE_OID, name.as_bytes())
     })
 }

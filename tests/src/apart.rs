@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use eventbus::admin::{GroupInfo, Record, TopicInfo, TopicSpec};
 use eventbus::fitness::Probe;
 use eventbus::{
-    Admin, Bus, Capabilities, Confirm, Consumer, Envelope, Group, Key, Offset, PartitionId, Publisher,
-    Result, Subscription, Topic, Transport,
+    Admin, Bus, Capabilities, Confirm, Consumer, Envelope, Group, InFile, Key, Offset, PartitionId,
+    Publisher, Result, Subscription, Topic, Transport,
 };
 
 /// The bus, as a transport.
@@ -74,6 +74,10 @@ impl Transport for Apart {
 
     fn admin(&self) -> Option<&dyn Admin> {
         Some(self)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use eventbus::{
-    Admin, Capabilities, Confirm, Consumer, Envelope, PartitionId, Polled, Publisher, Result, Settle,
+    Admin, Capabilities, Confirm, Consumer, Envelope, InFile, PartitionId, Polled, Publisher, Result, Settle,
     Settled, Subscription, Token, Topic, Transport,
 };
 
@@ -49,6 +49,10 @@ impl<C: Change> Transport for Around<C> {
 
     fn admin(&self) -> Option<&dyn Admin> {
         self.inner.admin()
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

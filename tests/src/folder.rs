@@ -16,8 +16,8 @@ use async_trait::async_trait;
 use eventbus::capability::{Ack, Durability};
 use eventbus::{
     Admin, Audience, Capabilities, Confirm, Consumer, Content, Delivery, Envelope, Error, ErrorKind, EventId,
-    Headers, Key, Offset, PartitionId, Polled, Publisher, Receipt, Result, Settle, Settled, Subscription,
-    Token, Topic, Transport,
+    Headers, InFile, Key, Offset, PartitionId, Polled, Publisher, Receipt, Result, Settle, Settled,
+    Subscription, Token, Topic, Transport,
 };
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -171,6 +171,10 @@ impl Transport for Folder {
     }
 
     fn admin(&self) -> Option<&dyn Admin> {
+        None
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
         None
     }
 

@@ -11,6 +11,7 @@
 
 mod confirm;
 mod delivery;
+mod in_file;
 
 #[cfg_attr(
     not(all(
@@ -54,6 +55,7 @@ use async_trait::async_trait;
 
 pub use self::confirm::{Confirm, Receipt, Receipts, Resolver};
 pub use self::delivery::{Content, Delivery, Polled, Settle, Settled, Token, Undecodable};
+pub use self::in_file::{InFile, Place, SqlValue, Statements};
 #[cfg(any(
     feature = "kafka",
     feature = "nats",
@@ -101,6 +103,10 @@ pub trait Transport: Debug + Send + Sync + 'static {
 
     /// Returns the administration; `None` exactly where the capability is not claimed.
     fn admin(&self) -> Option<&dyn Admin>;
+
+    /// Returns how events are stored by transactions of others on the same SQLite file; `None` for every other broker, and for
+    /// a wrapper that does something with what is published.
+    fn in_file(&self) -> Option<&dyn InFile>;
 
     /// Closes this value with everything that was opened from it, and waits for it. May be repeated.
     ///

@@ -130,6 +130,7 @@ async fn run_on<D: Db>(options: Options, db: &str) -> eventbus::Result<ExitCode>
     let shop = Arc::new(patiently(async || Shop::<D>::open(db, options.grace).await).await?);
     let topics = Topics::new()?;
     patiently(async || declare(&bus, &topics).await).await?;
+    patiently(async || shop.publish_into(&bus).await).await?;
     let initial = initial_stock(&file.lines, options.stock);
     patiently(async || catalog::stock_up(&shop.catalog, &initial).await).await?;
     let (services, relays) = start(&bus, &shop, &options).await?;

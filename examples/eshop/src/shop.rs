@@ -64,6 +64,17 @@ impl<D: Db> Shop<D> {
         })
     }
 
+    /// Has transactions publish into the bus by themselves where it is in the same file as the tables.
+    ///
+    /// # Errors
+    /// What the databases report.
+    pub async fn publish_into(&self, bus: &Bus) -> Result<()> {
+        for outbox in &self.databases {
+            outbox.publish_into(bus).await?;
+        }
+        Ok(())
+    }
+
     /// Starts a relay for each database: what transactions published goes to the bus. One that ends without a word is
     /// replaced by another after the lease.
     ///

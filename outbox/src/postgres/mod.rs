@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use eventbus::fitness::Probe;
 use eventbus::sql::{from_sqlx, postgres_probes};
-use eventbus::{Error, ErrorKind, Result};
+use eventbus::{Error, ErrorKind, Result, Transport};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row as _};
 
 use crate::backend::{Backend, Fate, Known, Steps, Uncommitted, known, missing, sealed};
+use crate::direct::Direct;
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::Row;
@@ -150,22 +151,22 @@ impl Backend for Postgres {
         statements: &Statements,
         rows: &[Row],
         _: bool,
+        _: Option<&Direct>,
     ) -> Result<Fate> {
-        let column = |of: fn(&Row) -> &str| rows.iter().map(of).collect::<Vec<_>>();
         // An absent body in every row is an empty column, which `unnest` fills up.
-        let has_body = rows.iter().any(|row| row.payload.is_some());
+        let has_body = rows.iter().any(|row| row.payload().is_some());
         let payloads: Vec<Option<&[u8]>> = match has_body {
-            true => rows.iter().map(|row| row.payload.as_deref()).collect(),
+            true => rows.iter().map(Row::payload).collect(),
             false => Vec::new(),
         };
         let query = sqlx::query(AssertSqlSafe(statements.append.clone()))
-            .bind(column(|row| row.topic.as_str()))
+            .bind(rows.iter().map(|row| row.topic.as_str()).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.key.as_ref()).collect::<Vec<&[u8]>>())
             .bind(rows.iter().map(|row| row.has_key).collect::<Vec<bool>>())
             .bind(rows.iter().map(|row| row.id).collect::<Vec<_>>())
-            .bind(column(|row| &row.head))
+            .bind(rows.iter().map(Row::head).collect::<Vec<_>>())
             .bind(payloads)
-            .bind(rows.iter().map(|row| row.size).collect::<Vec<i32>>());
+            .bind(rows.iter().map(Row::size).collect::<Vec<_>>());
         let row = query.fetch_one(connection).await.map_err(from_sqlx)?;
         let id = row.try_get::<&str, _>(0).map_err(from_sqlx)?.parse();
         let id = id.map_err(|_| unreadable("the id of a transaction"))?;
@@ -186,7 +187,18 @@ impl Backend for Postgres {
         query.execute(connection).await.map_err(from_sqlx).map(drop)
     }
 
-    async fn fate(pool: &PgPool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
+    /// A broker's places in PostgreSQL are given out under the lock of a partition, which a transaction would hold until its
+    /// commit: for each publisher of the partition.
+    async fn adjoin(_: &PgPool, _: &Statements, _: &Arc<dyn Transport>) -> Result<bool> {
+        Ok(false)
+    }
+
+    async fn fate(
+        pool: &PgPool,
+        statements: &Statements,
+        fate: &Fate,
+        _: Option<&Direct>,
+    ) -> Result<Option<bool>> {
         let Fate::Transaction { id, life, event } = fate else { return Ok(None) };
         let fate = sqlx::query_scalar(AssertSqlSafe(statements.fate.clone()));
         match fate.bind(id.to_string()).bind(life).bind(event).fetch_one(pool).await {

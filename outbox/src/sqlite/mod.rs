@@ -1,5 +1,6 @@
 //! Outbox and inbox in an SQLite file.
 
+mod direct;
 mod store;
 mod writer;
 
@@ -8,11 +9,12 @@ use std::sync::Arc;
 use eventbus::fitness::Probe;
 use eventbus::sql::from_sqlx;
 use eventbus::time::{boot_id, since_boot};
-use eventbus::{Error, ErrorKind, Result};
+use eventbus::{Error, ErrorKind, Result, Transport};
 use sqlx::{AssertSqlSafe, Connection as _, Row as _, Sqlite, SqliteConnection, SqlitePool};
 
 use self::writer::{Unit, Writer};
 use crate::backend::{Backend, Fate, Known, Steps, Uncommitted, known, missing, sealed};
+use crate::direct::Direct;
 use crate::namespace::Namespace;
 use crate::operator::Dialect;
 use crate::row::{Row, Shard};
@@ -36,6 +38,9 @@ pub struct Statements {
     /// One for each size of [`CHUNKS`].
     append: [Arc<str>; CHUNKS.len()],
     fate: Arc<str>,
+    /// Gives numbers to events that are not rows of the outbox, while there is none.
+    number: Arc<str>,
+    begin_numbers: Arc<str>,
     remember_message: Arc<str>,
     remember_sequence: Arc<str>,
     registered: Arc<str>,
@@ -63,6 +68,10 @@ impl Backend for Sqlite {
         Statements {
             append: CHUNKS.map(append),
             fate: sql("SELECT event_id FROM evt_outbox WHERE id = ?"),
+            number: sql("UPDATE sqlite_sequence SET seq = seq + ?1
+                WHERE name = 'evt_outbox' AND NOT EXISTS (SELECT 1 FROM evt_outbox) RETURNING seq"),
+            begin_numbers: sql("INSERT INTO sqlite_sequence SELECT 'evt_outbox', 0
+                WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = 'evt_outbox')"),
             remember_message: sql("INSERT OR IGNORE INTO evt_inbox (consumer, message_id) VALUES (?, ?)"),
             remember_sequence: sql("INSERT INTO evt_key_progress (consumer, source, key, last_seq) VALUES (?, ?, ?, ?)
                 ON CONFLICT (consumer, source, key) DO UPDATE SET last_seq = excluded.last_seq, seen_at = excluded.seen_at
@@ -115,6 +124,7 @@ impl Backend for Sqlite {
         statements: &Statements,
         rows: &[Row],
         in_unit: bool,
+        direct: Option<&Direct>,
     ) -> Result<Fate> {
         if in_unit {
             // One was ended below its user, by hand or by an error of the database, if another can begin: then events would be
@@ -124,6 +134,11 @@ impl Backend for Sqlite {
                 let message = "the transaction was ended before its events were stored";
                 return Err(Error::new(ErrorKind::Unexpected, message));
             }
+        }
+        if let Some(direct) = direct
+            && let Some(fate) = direct::publish(connection, statements, direct, rows).await?
+        {
+            return Ok(fate);
         }
         let (mut rest, mut last) = (rows, None);
         while let Some(row) = rest.last() {
@@ -138,15 +153,23 @@ impl Backend for Sqlite {
                     .bind(row.topic.as_str())
                     .bind(row.key.as_ref())
                     .bind(row.has_key)
-                    .bind(i64::from(row.size))
-                    .bind(row.head.as_str())
-                    .bind(row.payload.as_deref());
+                    .bind(i64::from(row.size()))
+                    .bind(row.head())
+                    .bind(row.payload());
             }
             let done = query.execute(&mut *connection).await.map_err(from_sqlx)?;
             last = Some(Fate::Event { row: done.last_insert_rowid(), id: row.id });
             rest = later;
         }
         last.ok_or_else(|| Error::new(ErrorKind::Unexpected, "nothing was to be stored"))
+    }
+
+    async fn adjoin(
+        pool: &SqlitePool,
+        statements: &Statements,
+        transport: &Arc<dyn Transport>,
+    ) -> Result<bool> {
+        direct::adjoin(pool, statements, transport.as_ref()).await
     }
 
     async fn sound(connection: &mut SqliteConnection) -> Result<()> {
@@ -173,8 +196,19 @@ impl Backend for Sqlite {
     }
 
     /// An event that is there was committed; one that is not may have been published since.
-    async fn fate(pool: &SqlitePool, statements: &Statements, fate: &Fate) -> Result<Option<bool>> {
-        let Fate::Event { row, id } = fate else { return Ok(None) };
+    async fn fate(
+        pool: &SqlitePool,
+        statements: &Statements,
+        fate: &Fate,
+        direct: Option<&Direct>,
+    ) -> Result<Option<bool>> {
+        let (row, id) = match (fate, direct) {
+            (Fate::Event { row, id }, _) => (row, id),
+            (Fate::Published { place, id }, Some(direct)) => {
+                return direct::is_published(pool, direct, *place, *id).await;
+            }
+            _ => return Ok(None),
+        };
         let found = sqlx::query_scalar::<_, uuid::Uuid>(AssertSqlSafe(statements.fate.clone())).bind(row);
         let found = found.fetch_optional(pool).await.map_err(from_sqlx)?;
         // Another event in its place: numbers are given out once, so ours was not.

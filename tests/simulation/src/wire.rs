@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use eventbus::{
-    Admin, Capabilities, Confirm, Consumer, Envelope, Error, ErrorKind, EventId, PartitionId, Polled,
+    Admin, Capabilities, Confirm, Consumer, Envelope, Error, ErrorKind, EventId, InFile, PartitionId, Polled,
     Publisher, Receipt, Receipts, Result, Settle, Settled, Subscription, Token, Topic, Transport,
 };
 use outbox::{Blocked, Claim, Leased, Pending, RowId, Shard, Store};
@@ -50,6 +50,10 @@ impl Transport for Wire {
 
     fn admin(&self) -> Option<&dyn Admin> {
         self.node.world.broker.admin()
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use eventbus::capability::Members;
 use eventbus::transport::memory::Memory;
 use eventbus::{
-    Admin, Audience, Capabilities, Consumer, Error, ErrorKind, Group, Offset, Publisher, Result, Start,
-    Subscription, Topic, Transport,
+    Admin, Audience, Capabilities, Consumer, Error, ErrorKind, Group, InFile, Offset, Publisher, Result,
+    Start, Subscription, Topic, Transport,
 };
 
 use super::admin::MutantAdmin;
@@ -151,6 +151,10 @@ impl Transport for Mutant {
 
     fn admin(&self) -> Option<&dyn Admin> {
         Some(&self.admin)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

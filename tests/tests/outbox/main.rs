@@ -4,6 +4,7 @@
 mod append;
 mod batches;
 mod crowd;
+mod direct;
 mod doorbell;
 mod faults;
 mod handlers;
@@ -69,6 +70,20 @@ on_one! {
         a_connection_that_does_not_sync_is_refused
         one_inside_that_does_not_begin_leaves_nothing_open
         what_was_read_before_a_rollback_is_true
+}
+
+on_one! {
+    sqlite_direct: sqlx::Sqlite, crate::direct:
+        what_is_committed_is_in_its_topic
+        what_is_rolled_back_leaves_no_hole
+        what_waits_in_the_outbox_goes_first
+        a_bus_elsewhere_is_left_to_relays
+        a_bus_without_room_is_waited_for
+        what_is_too_large_for_the_bus_is_refused
+        a_published_commit_can_be_asked_for
+        handlers_publish_into_their_bus
+        writers_of_both_kinds_keep_the_order
+        writers_that_see_nothing_of_the_outbox_are_found
 }
 
 /// The cases of each database.

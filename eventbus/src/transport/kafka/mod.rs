@@ -63,7 +63,7 @@ use self::client::Client;
 use self::consumer::KafkaConsumer;
 use self::publisher::KafkaPublisher;
 use super::kit::limits;
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, InFile, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Ack, Capabilities, Durability, Instances, Members, Ordering, Replay};
 use crate::error::{Error, Result};
@@ -253,6 +253,10 @@ impl Transport for Kafka {
 
     fn admin(&self) -> Option<&dyn Admin> {
         Some(self)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

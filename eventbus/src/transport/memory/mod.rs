@@ -35,7 +35,7 @@ use self::publisher::MemoryPublisher;
 use self::topic::TopicState;
 use super::kit::hand::MAX_PARTITIONS;
 use super::kit::wall::Wall;
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, InFile, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{
     Ack, Attempts, Capabilities, Durability, Instances, Lease, Members, Ordering, Replay,
@@ -254,6 +254,10 @@ impl Transport for Memory {
 
     fn admin(&self) -> Option<&dyn Admin> {
         Some(self)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

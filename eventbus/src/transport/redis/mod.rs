@@ -51,7 +51,7 @@ use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::limits;
 use super::kit::queue::QueuedPublisher;
-use super::{Consumer, Publisher, TlsFiles, Transport};
+use super::{Consumer, InFile, Publisher, TlsFiles, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, ErrorKind, Result};
@@ -203,6 +203,10 @@ impl Transport for Redis {
 
     fn admin(&self) -> Option<&dyn Admin> {
         Some(self)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

@@ -18,6 +18,7 @@
 mod admin;
 mod clock;
 mod fitness;
+mod in_file;
 mod leases;
 mod membership;
 mod publisher;
@@ -40,7 +41,7 @@ use self::publisher::SqlitePublisher;
 use self::store::Store;
 use super::kit::leased::{self, Consumers, LeasedConsumer};
 use super::kit::limits;
-use super::{Consumer, Publisher, Transport};
+use super::{Consumer, InFile, Publisher, Transport};
 use crate::admin::{Admin, TopicSpec};
 use crate::capability::{Capabilities, Durability};
 use crate::error::{Error, ErrorKind, Result};
@@ -157,7 +158,7 @@ impl Sqlite {
     /// # Errors
     /// [`Closed`](ErrorKind::Closed).
     pub fn set_max_file_bytes(&self, bytes: Option<u64>) -> Result<()> {
-        self.store.send(writer::Command::Bound(bytes))
+        self.store.bound(bytes)
     }
 
     /// Steps the wall clock that this value sees, by nanoseconds: the conformance suite's clock hook.
@@ -211,6 +212,10 @@ impl Transport for Sqlite {
     }
 
     fn admin(&self) -> Option<&dyn Admin> {
+        Some(self)
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
         Some(self)
     }
 

@@ -15,7 +15,7 @@ use super::topics;
 use super::writer::{Command, End, Job, Round};
 use crate::admin::Offset;
 use crate::envelope::Envelope;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::name::Topic;
 use crate::partition::{self, PartitionId};
 use crate::transport::kit::queue::Queued;
@@ -108,12 +108,7 @@ fn has_room(round: &Round<'_>, events: &[Envelope]) -> Result<()> {
     let (count, free, size) =
         (pragma("PRAGMA page_count")?, pragma("PRAGMA freelist_count")?, pragma("PRAGMA page_size")?);
     let needed = events.iter().map(Envelope::size_bytes).sum::<usize>() as u64 / size.max(1) + 1;
-    if count.saturating_sub(free) + needed <= max {
-        return Ok(());
-    }
-    Err(Error::new(ErrorKind::Full, "the file has reached its bound")
-        .with("pages", count)
-        .with("max_pages", max))
+    topics::room(count, free, needed, max)
 }
 
 /// Stores events of one topic in the present transaction, creating the topic if it is missing. What can be
@@ -144,8 +139,7 @@ fn store_events(
         };
         let Some((_, end)) = ends.get_mut(at) else { continue };
         if end.next >= MAX_OFFSET {
-            return Err(Error::new(ErrorKind::Full, "the partition has numbered all the events it can")
-                .with("topic", topic));
+            return Err(topics::numbered_all().with("topic", topic));
         }
         places.push((partition, *end));
         end.next += 1;

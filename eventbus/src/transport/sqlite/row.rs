@@ -1,9 +1,13 @@
 //! Events as rows: written and read back without loss; a row that is no event is kept as it is.
 
+use std::borrow::Cow;
+use std::sync::LazyLock;
+
 use bytes::Bytes;
-use rusqlite::types::ValueRef;
-use rusqlite::{CachedStatement, Connection, Row, params};
+use rusqlite::types::{ToSql, ToSqlOutput, ValueRef};
+use rusqlite::{CachedStatement, Connection, Row, params, params_from_iter};
 use smallvec::SmallVec;
+use uuid::Uuid;
 
 use super::clock;
 use super::schema::{from_sqlite, offset_of, position};
@@ -14,18 +18,24 @@ use crate::id::EventId;
 use crate::name::Key;
 use crate::transport::kit::leased::Stored;
 use crate::transport::kit::texts::Texts;
-use crate::transport::{Content, Undecodable};
+use crate::transport::{Content, SqlValue, Undecodable};
 
 /// The columns in the order [`stored`] reads them.
 const COLUMNS: &str = "position, stored_at, id, source, type, version, subject, time, content_type, schema, key, extensions, headers, payload, checksum";
 
+/// How many columns an event has.
+pub(super) const N_COLUMNS: usize = 15;
+
+/// The statement that inserts so many events.
+pub(super) fn insertion(n_events: usize) -> String {
+    let event = format!("({})", ["?"; N_COLUMNS].join(", "));
+    format!("INSERT INTO eventbus_event VALUES {}", vec![event; n_events].join(", "))
+}
+
 /// Prepares the insertion of events.
 pub(super) fn insert(connection: &Connection) -> Result<CachedStatement<'_>> {
-    connection
-        .prepare_cached(
-            "INSERT INTO eventbus_event VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
-        )
-        .map_err(from_sqlite)
+    static ONE: LazyLock<String> = LazyLock::new(|| insertion(1));
+    connection.prepare_cached(&ONE).map_err(from_sqlite)
 }
 
 /// Inserts one event.
@@ -35,39 +45,78 @@ pub(super) fn put(
     stored_at: i64,
     event: &Envelope,
 ) -> Result<()> {
-    let uuid = event.id().as_uuid();
-    let text_id = if uuid.is_none() { Some(event.id().to_string()) } else { None };
-    let id: &dyn rusqlite::ToSql = match (&uuid, &text_id) {
-        (Some(uuid), _) => &uuid.as_bytes().as_slice(),
-        (None, text) => text,
-    };
-    let block = |headers: &Headers| (!headers.is_empty()).then(|| headers.as_block().clone());
-    let (extensions, headers) = (block(event.extensions()), block(event.headers()));
-    let checksum = checksum(at, event);
-    statement
-        .execute(params![
-            at,
-            stored_at,
-            id,
-            event.source(),
-            event.event_type(),
-            event.version(),
-            event.subject(),
-            event.time().map(clock::to_nanos),
-            event.content_type(),
-            event.schema(),
-            event.key().map(Key::as_bytes),
-            extensions.as_deref(),
-            headers.as_deref(),
-            event.payload().map(|payload| payload.as_ref()),
-            checksum,
-        ])
-        .map(drop)
-        .map_err(from_sqlite)
+    let id = StoredId::of(event.id());
+    let columns = columns(at, stored_at, &id, event);
+    statement.execute(params_from_iter(columns)).map(drop).map_err(from_sqlite)
+}
+
+/// An id as it is stored: the bytes of a UUID, or text.
+pub(super) enum StoredId {
+    Uuid(Uuid),
+    Text(String),
+}
+
+impl StoredId {
+    pub(super) fn of(id: &EventId) -> Self {
+        id.as_uuid().map_or_else(|| Self::Text(id.to_string()), Self::Uuid)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Uuid(uuid) => uuid.as_bytes(),
+            Self::Text(text) => text.as_bytes(),
+        }
+    }
+}
+
+/// What is stored of an event, in the order of the columns.
+pub(super) fn columns<'a>(
+    at: i64,
+    stored_at: i64,
+    id: &'a StoredId,
+    event: &'a Envelope,
+) -> [SqlValue<'a>; N_COLUMNS] {
+    let text =
+        |text: Option<&'a str>| text.map_or(SqlValue::Null, |text| SqlValue::Text(Cow::Borrowed(text)));
+    let blob =
+        |bytes: Option<&'a [u8]>| bytes.map_or(SqlValue::Null, |blob| SqlValue::Blob(Cow::Borrowed(blob)));
+    let integer = |number: Option<i64>| number.map_or(SqlValue::Null, SqlValue::Integer);
+    let block = |headers: &'a Headers| blob((!headers.is_empty()).then(|| &**headers.as_block()));
+    [
+        SqlValue::Integer(at),
+        SqlValue::Integer(stored_at),
+        match id {
+            StoredId::Uuid(uuid) => blob(Some(uuid.as_bytes())),
+            StoredId::Text(id) => text(Some(id)),
+        },
+        text(Some(event.source())),
+        text(Some(event.event_type())),
+        integer(event.version().map(i64::from)),
+        text(event.subject()),
+        integer(event.time().map(clock::to_nanos)),
+        text(event.content_type()),
+        text(event.schema()),
+        blob(event.key().map(Key::as_bytes)),
+        block(event.extensions()),
+        block(event.headers()),
+        blob(event.payload().map(AsRef::as_ref)),
+        SqlValue::Integer(i64::from(checksum(at, id, event))),
+    ]
+}
+
+impl ToSql for SqlValue<'_> {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(ToSqlOutput::Borrowed(match self {
+            Self::Null => ValueRef::Null,
+            Self::Integer(number) => ValueRef::Integer(*number),
+            Self::Text(text) => ValueRef::Text(text.as_bytes()),
+            Self::Blob(bytes) => ValueRef::Blob(bytes),
+        }))
+    }
 }
 
 /// The sum over an event and its place, by which a byte that changed on the disk is noticed (CRC-32, IEEE).
-fn checksum(at: i64, event: &Envelope) -> u32 {
+fn checksum(at: i64, id: &StoredId, event: &Envelope) -> u32 {
     let mut sum = crc32fast::Hasher::new();
     // Small fields are summed together: a call for each would cost more than the sum.
     let mut small: SmallVec<[u8; 256]> = SmallVec::new();
@@ -84,10 +133,7 @@ fn checksum(at: i64, event: &Envelope) -> u32 {
         }
     };
     field(Some(&at.to_le_bytes()));
-    match event.id().as_uuid() {
-        Some(uuid) => field(Some(uuid.as_bytes())),
-        None => field(Some(event.id().to_string().as_bytes())),
-    }
+    field(Some(id.bytes()));
     field(Some(event.source().as_bytes()));
     field(Some(event.event_type().as_bytes()));
     field(event.version().map(u32::to_le_bytes).as_ref().map(<[u8; 4]>::as_slice));
@@ -146,7 +192,7 @@ pub(super) fn read(
 fn stored(row: &Row<'_>, texts: &mut Texts) -> rusqlite::Result<Stored> {
     let place: i64 = row.get(0)?;
     let whole = |envelope: Envelope| match row.get::<_, Option<u32>>(14) {
-        Ok(Some(sum)) if sum == checksum(place, &envelope) => Ok(envelope),
+        Ok(Some(sum)) if sum == checksum(place, &StoredId::of(envelope.id()), &envelope) => Ok(envelope),
         Ok(Some(_)) | Err(_) => Err("the stored bytes changed: their checksum does not fit".to_owned()),
         // Written past us, as a test or a repair does.
         Ok(None) => Ok(envelope),
@@ -187,9 +233,7 @@ fn text<'a>(row: &'a Row<'_>, column: usize) -> Result<Option<&'a str>, String> 
 
 fn envelope(row: &Row<'_>, texts: &mut Texts) -> Result<Envelope, String> {
     let id = match row.get_ref(2) {
-        Ok(ValueRef::Blob(blob)) => {
-            EventId::from(uuid::Uuid::from_slice(blob).map_err(|_| "the id is no UUID")?)
-        }
+        Ok(ValueRef::Blob(blob)) => EventId::from(Uuid::from_slice(blob).map_err(|_| "the id is no UUID")?),
         Ok(ValueRef::Text(id)) => EventId::parse(std::str::from_utf8(id).map_err(|_| "the id is not UTF-8")?),
         _ => return Err("the id is missing".into()),
     };

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Weak;
-use std::sync::atomic::{AtomicBool, Ordering as Atomic};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering as Atomic};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -32,12 +32,12 @@ pub(super) struct Store {
     pub(super) room: Room,
     pub(super) closed: AtomicBool,
     pub(super) counters: Arc<Counters>,
-    /// Stepped by tests.
-    #[cfg(any(test, feature = "conformance"))]
     pub(super) wall: Arc<Wall>,
+    /// The bound of the file, in bytes; `u64::MAX` = the disk decides.
+    max_file_bytes: AtomicU64,
     jobs: mpsc::Sender<Command>,
     reads: Mutex<Option<mpsc::Sender<Read>>>,
-    news: watch::Receiver<u64>,
+    news: watch::Sender<u64>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -50,14 +50,14 @@ impl Store {
         let watcher = schema::open(path, Role::Reader, options.busy_timeout)?;
         let (jobs, job_queue) = mpsc::channel();
         let (reads, read_queue) = mpsc::channel::<Read>();
-        let (news_sender, news) = watch::channel(0);
+        let news = watch::Sender::new(0);
         let (counters, wall) = (Arc::new(Counters::default()), Arc::<Wall>::default());
         let writer = Writer {
             path: path.to_owned(),
             busy_timeout: options.busy_timeout,
             connection: Some(connection),
             jobs: job_queue,
-            news: news_sender.clone(),
+            news: news.clone(),
             counters: counters.clone(),
             wall: wall.clone(),
             max_bytes: options.max_file_bytes,
@@ -70,24 +70,35 @@ impl Store {
             room: Room::default(),
             closed: AtomicBool::new(false),
             counters,
-            #[cfg(any(test, feature = "conformance"))]
             wall,
+            max_file_bytes: AtomicU64::new(u64::MAX),
             jobs,
             reads: Mutex::new(Some(reads)),
-            news,
+            news: news.clone(),
             threads: Mutex::default(),
         });
         let weak = Arc::downgrade(&store);
         let threads = [
             spawn("eventbus-writer", move || writer.work())?,
             spawn("eventbus-reader", move || read_queue.into_iter().for_each(|read| read(&mut reader)))?,
-            spawn("eventbus-watch", move || watch_file(&watcher, &weak, &news_sender))?,
+            spawn("eventbus-watch", move || watch_file(&watcher, &weak, &news))?,
         ];
         store.threads.lock().extend(threads);
-        if let Some(bytes) = options.max_file_bytes {
-            store.send(Command::Bound(Some(bytes)))?;
+        if options.max_file_bytes.is_some() {
+            store.bound(options.max_file_bytes)?;
         }
         Ok(store)
+    }
+
+    /// Bounds the file, in bytes.
+    pub(super) fn bound(&self, bytes: Option<u64>) -> Result<()> {
+        self.max_file_bytes.store(bytes.unwrap_or(u64::MAX), Atomic::Relaxed);
+        self.send(Command::Bound(bytes))
+    }
+
+    /// The bound of the file, in bytes.
+    pub(super) fn max_file_bytes(&self) -> Option<u64> {
+        Some(self.max_file_bytes.load(Atomic::Relaxed)).filter(|bytes| *bytes < u64::MAX)
     }
 
     pub(super) fn is_open(&self) -> Result<()> {
@@ -100,7 +111,12 @@ impl Store {
 
     /// Follows what is stored and how groups change; the value itself says nothing.
     pub(super) fn news(&self) -> watch::Receiver<u64> {
-        self.news.clone()
+        self.news.subscribe()
+    }
+
+    /// Has everybody look who follows.
+    pub(super) fn has_news(&self) {
+        self.news.send_modify(|version| *version += 1);
     }
 
     /// Runs work in the next transaction and returns when it is durable.

@@ -6,9 +6,12 @@ use super::clock;
 use super::schema::{MAX_PARTITIONS, from_sqlite};
 use super::writer::{End, Round};
 use crate::admin::{Retention, TopicSpec};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::transport::kit::refusals;
+
+/// The id of a topic, and its number of partitions.
+pub(super) const FIND: &str = "SELECT id, partitions FROM eventbus_topic WHERE name = ?1";
 
 /// Finds a topic: its id and number of partitions.
 pub(super) fn resolve(round: &mut Round<'_>, topic: &Topic) -> Result<Option<(i64, u32)>> {
@@ -17,7 +20,7 @@ pub(super) fn resolve(round: &mut Round<'_>, topic: &Topic) -> Result<Option<(i6
     }
     let found = round
         .connection
-        .prepare_cached("SELECT id, partitions FROM eventbus_topic WHERE name = ?1")
+        .prepare_cached(FIND)
         .and_then(|mut s| s.query_row([topic.as_str()], |row| Ok((row.get(0)?, row.get(1)?))).optional())
         .map_err(from_sqlite)?;
     if let Some(found) = found {
@@ -65,6 +68,21 @@ fn create(round: &mut Round<'_>, topic: &Topic, partitions: u32, retention: Rete
     round.news = true;
     round.topics.insert(topic.as_str().to_owned(), (id, partitions));
     Ok((id, partitions))
+}
+
+/// Whether so many pages more fit into a file of so many, of which some are free.
+pub(super) fn room(count: u64, free: u64, needed: u64, max: u64) -> Result<()> {
+    match count.saturating_sub(free) + needed <= max {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Full, "the file has reached its bound")
+            .with("pages", count)
+            .with("max_pages", max)),
+    }
+}
+
+/// A partition is at its end.
+pub(super) fn numbered_all() -> Error {
+    Error::new(ErrorKind::Full, "the partition has numbered all the events it can")
 }
 
 /// Creates a declared topic, or verifies it.

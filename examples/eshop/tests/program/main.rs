@@ -36,7 +36,7 @@ fn lawful(summary: &serde_json::Value, n_orders: u64) {
     assert!(laws.iter().all(|law| law["holds"] == true), "{summary}");
 }
 
-/// 20 SIGKILLs at random moments of one database: it goes on where it was, and every law holds.
+/// 20 SIGKILLs at random moments of one file, in which bus and tables are: it goes on where it was, and every law holds.
 #[test]
 fn twenty_kills_lose_and_repeat_nothing() {
     let folder = tempfile::tempdir().unwrap();
@@ -48,7 +48,9 @@ fn twenty_kills_lose_and_repeat_nothing() {
     let lines: Vec<&str> = include_str!("../../data/cdnow_orders.csv").lines().take(1_501).collect();
     std::fs::write(&file, lines.join("\n")).unwrap();
     let bus = format!("sqlite://{}/eshop.db?session=1s", folder.path().display());
-    let arguments = ["--until-done", "--lease", "1s", "--orders", file.to_str().unwrap(), "--bus", &bus];
+    let db = format!("sqlite://{}/eshop.db", folder.path().display());
+    let orders = file.to_str().unwrap();
+    let arguments = ["--until-done", "--lease", "1s", "--orders", orders, "--bus", &bus, "--db", &db];
     let shop = |more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_eshop"));
         command.args(["--listen", "127.0.0.1:0"]).args(arguments).args(more);

@@ -16,8 +16,8 @@ use eshop::{basket, catalog, ordering};
 use eventbus::testing::TestBus;
 use eventbus::transport::memory::{Memory, Options};
 use eventbus::{
-    Admin, Capabilities, Confirm, Consumer, Envelope, Error, ErrorKind, Publisher, Result, Subscription,
-    Topic, Transport,
+    Admin, Capabilities, Confirm, Consumer, Envelope, Error, ErrorKind, InFile, Publisher, Result,
+    Subscription, Topic, Transport,
 };
 
 use crate::{Open, count, open, open_over, publish_twice};
@@ -100,6 +100,10 @@ impl Transport for Refusing {
 
     fn admin(&self) -> Option<&dyn Admin> {
         self.inner.admin()
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {

@@ -2,7 +2,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use eventbus::{Admin, Capabilities, Consumer, Publisher, Result, Subscription, Transport};
+use eventbus::{Admin, Capabilities, Consumer, InFile, Publisher, Result, Subscription, Transport};
 
 #[derive(Debug)]
 struct Local(Rc<u8>);
@@ -19,6 +19,9 @@ impl Transport for Local {
         unimplemented!()
     }
     fn admin(&self) -> Option<&dyn Admin> {
+        None
+    }
+    fn in_file(&self) -> Option<&dyn InFile> {
         None
     }
     async fn close(&self) -> Result<()> {

@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::PartitionId;
 use crate::subscription::Subscription;
-use crate::transport::{Confirm, Consumer, Polled, Publisher, Settle, Settled, Token, Transport};
+use crate::transport::{Confirm, Consumer, InFile, Polled, Publisher, Settle, Settled, Token, Transport};
 
 /// What is held up.
 #[derive(Debug)]
@@ -61,6 +61,10 @@ impl Transport for Gated {
 
     fn admin(&self) -> Option<&dyn Admin> {
         self.0.inner.admin()
+    }
+
+    fn in_file(&self) -> Option<&dyn InFile> {
+        None
     }
 
     async fn close(&self) -> Result<()> {
