@@ -9,6 +9,10 @@ use eventbus::{InFile, Text, Transport};
 #[doc(hidden)]
 pub struct Direct {
     pub(crate) transport: Arc<dyn Transport>,
+    #[cfg_attr(
+        not(feature = "sqlite"),
+        expect(dead_code, reason = "only SQLite has transactions that publish by themselves")
+    )]
     pub(crate) identity: Text,
 }
 

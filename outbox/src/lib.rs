@@ -10,7 +10,7 @@
 //! - [`Relay`] sends what is stored to a bus: in the service, or as a process of its own; any number at once.
 //! - [`Inbox`] is the state of handlers that take a [`Tx`], or an [`Intent`] if they call somebody else.
 //! - [`Operator`] looks into it and repairs it; `eventctl outbox` does so from a terminal.
-//! - [`Store`] is what a relay needs of a database.
+//! - [`Store`] is what a relay needs of a database; `outbox::conformance!` (feature `conformance`) proves one.
 //!
 //! ```
 //! # use eventbus::{Event, Failure, Service, Topic, Typed};
@@ -60,6 +60,8 @@ compile_error!("outbox needs a database: enable its feature \"postgres\" or \"sq
 mod any;
 mod backend;
 mod bell;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod direct;
 mod doorbell;
 mod fitness;

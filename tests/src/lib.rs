@@ -7,6 +7,7 @@ pub mod disk;
 pub mod folder;
 pub mod mutant;
 pub mod proxy;
+pub mod shelf;
 pub mod small;
 pub mod subjects;
 

@@ -90,9 +90,10 @@ impl Sql {
                 FROM summed s JOIN evt_outbox o USING (id) WHERE s.total - s.size < ?5 ORDER BY o.id")),
             owned: sql("SELECT s.shard FROM evt_outbox_shard s JOIN json_each(?2) e
                 ON s.shard = e.value ->> 0 AND s.epoch = e.value ->> 1 WHERE s.owner = ?1"),
-            settle: sql("DELETE FROM evt_outbox WHERE id IN (SELECT value FROM json_each(?1))
-                AND shard IN (SELECT value FROM json_each(?2))"),
-            free: sql("DELETE FROM evt_outbox_blocked WHERE head_id IN (SELECT value FROM json_each(?1))
+            settle: sql("DELETE FROM evt_outbox WHERE id IN (SELECT o.id FROM json_each(?1) e
+                JOIN evt_outbox o ON o.id = e.value ->> 1 AND o.shard = e.value ->> 0
+                WHERE o.shard IN (SELECT value FROM json_each(?2)))"),
+            free: sql("DELETE FROM evt_outbox_blocked WHERE (shard, head_id) IN (SELECT e.value ->> 0, e.value ->> 1 FROM json_each(?1) e)
                 AND shard IN (SELECT value FROM json_each(?2))"),
             block: sql("INSERT OR REPLACE INTO evt_outbox_blocked SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
                 WHERE EXISTS (SELECT 1 FROM evt_outbox WHERE id = ?4 AND shard = ?1)"),
@@ -264,7 +265,7 @@ impl Store for SqliteStore {
     ) -> Result<Vec<Shard>> {
         let mut transaction = self.begin().await?;
         let owned = self.owned(&mut transaction, relay, owned).await?;
-        let (ids, shards) = (list(published.iter().map(|(_, id)| id.0)), numbers(&owned));
+        let (ids, shards) = (list(published.iter().map(|(shard, id)| (shard.0, id.0))), numbers(&owned));
         for statement in [&self.sql.settle, &self.sql.free] {
             let query = sqlx::query(AssertSqlSafe(statement.clone())).bind(&ids).bind(&shards);
             query.execute(&mut *transaction).await.map_err(from_sqlx)?;

@@ -39,6 +39,9 @@ pub(crate) trait Home: Backend {
     /// What stands before the names of the outbox's tables.
     fn tables(namespace: &Namespace) -> String;
 
+    /// Whether a transaction begins when the one before it has ended.
+    const WRITES_IN_TURN: bool;
+
     /// Makes all events of the outbox a day older.
     const AGED_OUTBOX: &str;
 
@@ -84,6 +87,7 @@ impl Home for Sqlite {
         format!("{namespace}_")
     }
 
+    const WRITES_IN_TURN: bool = true;
     const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - 86400000";
     const AGED_INTENTS: &str = "UPDATE EVTintent SET begun_at = begun_at - 30 * 86400000";
     const FIRST_TABLES: &str = include_str!("../../../outbox/sql/sqlite/1.sql");
@@ -129,6 +133,7 @@ impl Home for Postgres {
         format!("{namespace}.")
     }
 
+    const WRITES_IN_TURN: bool = false;
     const AGED_OUTBOX: &str = "UPDATE EVToutbox SET created_at = created_at - interval '1 day'";
     const AGED_INTENTS: &str = "UPDATE EVTintent SET begun_at = begun_at - interval '30 days'";
     const FIRST_TABLES: &str = include_str!("../../../outbox/sql/postgres/1.sql");

@@ -14,6 +14,7 @@ mod mutants;
 mod operators;
 mod relays;
 mod strains;
+mod suite;
 mod writer;
 
 /// The cases of one database.
