@@ -224,8 +224,9 @@ impl Flow {
         Some(claim)
     }
 
-    /// Takes what the store gave.
-    pub(crate) fn claimed(&mut self, rows: Vec<Pending>) {
+    /// Takes what the store gave; returns whether a bound of the claim cut it short, so that there may be more at once.
+    pub(crate) fn claimed(&mut self, rows: Vec<Pending>) -> bool {
+        let is_cut = self.is_cut(&rows);
         if let Some(last) = rows.last() {
             self.claimed_up_to = last.shard;
             // Of one shard more is taken where there is not enough of all: a few keys of one shard would fill the hand else, and
@@ -260,6 +261,17 @@ impl Flow {
                 tracing::error!(row = id.0, %shard, %reason, "a row of the outbox is no event");
             }
         }
+        is_cut
+    }
+
+    /// Whether an answer is as long as the last claim allowed, as a whole or of a shard.
+    fn is_cut(&self, rows: &[Pending]) -> bool {
+        let n_bytes: usize = rows.iter().map(|pending| pending.size_bytes).sum();
+        let mut of_shard = HashMap::new();
+        rows.iter().for_each(|pending| *of_shard.entry(pending.shard).or_insert(0_usize) += 1);
+        rows.len() >= self.policy.batch_events
+            || n_bytes >= self.policy.batch_bytes
+            || of_shard.values().any(|n| *n >= self.share)
     }
 
     /// The next events to publish, each of another key; those that are no events end here.

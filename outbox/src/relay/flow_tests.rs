@@ -71,6 +71,21 @@ fn few_of_each_shard_are_taken_while_there_is_enough_of_all() {
     assert_eq!([take(1), take(1), take(1), take(0), take(4), take(4), take(2)], [1, 2, 4, 4, 4, 2, 1]);
 }
 
+/// A claim that was not cut short leaves nothing behind that was committed by then.
+#[test]
+fn only_an_answer_at_its_bound_is_asked_for_again_at_once() {
+    let answer = |shards: &[u8], n: i64, bytes: usize| {
+        let mut flow = owning(shards);
+        flow.claim().unwrap();
+        let large = |id| Pending { size_bytes: bytes, ..row(id, if id % 2 == 0 { "a" } else { "bb" }) };
+        flow.claimed((0..n).map(large).collect())
+    };
+    assert_eq!([0, 1, 3].map(|n| answer(&[0, 1], n, 10)), [false; 3]);
+    assert!(answer(&[0, 1], 4, 10), "as many as a batch");
+    assert!(answer(&[0, 1], 2, 500), "as many bytes");
+    assert!(answer(&[0, 1, 2, 3, 4, 5, 6, 7], 1, 10), "as many as were wanted of a shard");
+}
+
 #[test]
 fn a_key_stops_at_its_first_failure_and_others_go_on() {
     let mut flow = owning(&[0, 1]);

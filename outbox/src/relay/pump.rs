@@ -217,9 +217,11 @@ impl Pump {
                     true => (self.look_every * 2).min(LOOK_LATE),
                     false => LOOK_SOON,
                 };
-                // A full answer leaves more behind: as soon as there is room again.
-                self.look_at = now + if rows.is_empty() { self.look_every } else { Duration::ZERO };
-                self.flow.claimed(rows);
+                self.look_at = match self.flow.claimed(rows) {
+                    // As soon as there is room again.
+                    true => now,
+                    false => now + self.look_every,
+                };
             }
             Err(error) => {
                 self.flow.claimed(Vec::new());
