@@ -21,7 +21,7 @@ const USAGE: &str = "usage: cargo xtask test [ARGS OF cargo test]
        cargo xtask bench [PART OF A NAME]
        cargo xtask conformance URL
        cargo xtask matrix [KIND ...]
-       cargo xtask torture KIND|URL [--outbox postgres|sqlite] [--seconds N] [--seed S] [--bug NAME]
+       cargo xtask torture KIND|URL [--outbox postgres|sqlite] [--seconds N|--minutes N] [--seed S] [--bug NAME]
        cargo xtask simulate [--seeds N] [--seed S] [--bugs] [--help]
        cargo xtask conformance --readme";
 

@@ -21,7 +21,7 @@ use self::bugs::Bug;
 use self::roles::Place;
 
 const USAGE: &str =
-    "usage: cargo xtask torture KIND|URL [--outbox postgres|sqlite] [--seconds N] [--seed S] [--bug NAME]
+    "usage: cargo xtask torture KIND|URL [--outbox postgres|sqlite] [--seconds N|--minutes N] [--seed S] [--bug NAME]
   KIND   a broker that is started for it, and is killed and cut off too: kafka, nats, postgres, rabbitmq,
          redis, valkey
   URL    an address, such as sqlite:///tmp/t.db: only the processes on it are tortured
@@ -96,6 +96,10 @@ fn run(target: &str, options: &[&str]) -> Result<bool, String> {
     for option in options.chunks(2) {
         match option {
             ["--seconds", value] => seconds = value.parse().map_err(|_| USAGE.to_owned())?,
+            ["--minutes", value] => {
+                let minutes: u64 = value.parse().map_err(|_| USAGE.to_owned())?;
+                seconds = minutes.saturating_mul(60);
+            }
             ["--seed", value] => seed = value.parse().map_err(|_| USAGE.to_owned())?,
             ["--bug", value] => bug = Bug::parse(value)?,
             ["--outbox", value] => outbox = Some(*value),
