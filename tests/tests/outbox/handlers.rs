@@ -272,6 +272,35 @@ pub(crate) async fn numbers_of_two_topics_are_two_sequences<Db: Home>(cx: Cx<Db>
     running.stop().await.unwrap();
 }
 
+/// Nothing of one is taken for something of the other, but a copy of it.
+pub(crate) async fn services_of_one_name_share_what_they_remember<Db: Home>(cx: Cx<Db>) {
+    cx.run("CREATE TABLE effects (n bigint)").await;
+    let (app, other) = (App::new(Inbox::new(&cx.outbox)), Topic::new("other").unwrap());
+    let mut services = Vec::new();
+    for topic in [&cx.topic, &other] {
+        let service = Service::new("billing").on(topic.clone(), bill::<Db>).with_state(app.clone());
+        services.push(service.start(&cx.bus).await.unwrap());
+    }
+    let publisher = cx.bus.publisher().await.unwrap();
+    let events = [1, 2, 3].map(counted);
+    for event in &events {
+        publisher.publish_envelope(&cx.topic, event.clone()).await.unwrap();
+    }
+    for event in [4, 5].map(counted) {
+        publisher.publish_envelope(&other, event).await.unwrap();
+    }
+    until("all five", async || effects(&cx).await == 5).await;
+    publisher.publish_envelope(&other, events[0].clone()).await.unwrap();
+    until("the copy", async || services[1].counts().duplicates == 1).await;
+    assert_eq!(effects(&cx).await, 5);
+    for service in services {
+        service.stop().await.unwrap();
+    }
+    let sequences = App::new(Inbox::with_memory(&cx.outbox, Memory::Sequences));
+    let third = Service::new("billing").on(other, bill::<Db>).with_state(sequences);
+    assert_eq!(third.start(&cx.bus).await.unwrap_err().kind(), eventbus::ErrorKind::Conflict);
+}
+
 pub(crate) async fn what_is_remembered_is_seen_and_forgotten<Db: Home>(cx: Cx<Db>) {
     let operator = cx.outbox.inbox_operator();
     assert!(operator.consumers().await.unwrap().is_empty());

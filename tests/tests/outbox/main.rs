@@ -151,6 +151,7 @@ on_each! {
         a_transaction_that_is_kept_fails_the_run
         a_statement_that_failed_is_not_passed_over
         numbers_of_two_topics_are_two_sequences
+        services_of_one_name_share_what_they_remember
         what_is_too_old_to_be_known_is_dead_lettered
         what_is_remembered_is_seen_and_forgotten
         repetitions_behind_later_events_change_nothing
