@@ -55,8 +55,8 @@ pub trait InFile: Debug + Send + Sync {
     /// one is, or nothing without an event.
     ///
     /// # Errors
-    /// [`Full`](crate::ErrorKind::Full) for a file that has reached its bound; [`TooLarge`](crate::ErrorKind::TooLarge); or
-    /// what the database says. Some of it may be stored: undo the savepoint around the call.
+    /// [`Full`](crate::ErrorKind::Full) for a file that has reached its bound, and [`TooLarge`](crate::ErrorKind::TooLarge):
+    /// nothing was changed. What the database says: undo the transaction, or a savepoint around the call.
     ///
     /// # Cancellation
     /// As an error.

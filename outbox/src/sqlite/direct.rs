@@ -76,6 +76,7 @@ pub(super) async fn publish(
     statements: &Statements,
     direct: &Direct,
     rows: &[Row],
+    in_unit: bool,
 ) -> Result<Option<Fate>> {
     let (Some(bus), Some(last)) = (direct.bus(), rows.last()) else { return Ok(None) };
     let n_events = i64::try_from(rows.len()).unwrap_or(i64::MAX);
@@ -91,20 +92,23 @@ pub(super) async fn publish(
     };
     let events: Vec<_> =
         rows.iter().zip(first..).map(|(row, number)| (&row.topic, marked((row, number)))).collect();
-    run(connection, "SAVEPOINT evt_direct").await?;
-    match bus.append(&mut Lent(connection), &events).await {
-        Ok(place) => {
-            run(connection, "RELEASE evt_direct").await?;
-            let unplaced = || Error::new(ErrorKind::Unexpected, "the bus says of no event where it is");
-            place.map(|place| Some(Fate::Published { place, id: last.id })).ok_or_else(unplaced)
-        }
-        Err(error) => {
-            run(connection, "ROLLBACK TO evt_direct; RELEASE evt_direct").await?;
-            match error.kind() {
-                ErrorKind::Full => Ok(None),
-                _ => Err(error),
-            }
-        }
+    // A unit ends with its first error; a transaction of somebody else may go on, and has all of it or nothing.
+    if !in_unit {
+        run(connection, "SAVEPOINT evt_direct").await?;
+    }
+    let outcome = bus.append(&mut Lent(connection), &events).await;
+    if !in_unit {
+        let end = match outcome {
+            Ok(_) => "RELEASE evt_direct",
+            Err(_) => "ROLLBACK TO evt_direct; RELEASE evt_direct",
+        };
+        run(connection, end).await?;
+    }
+    match outcome {
+        Ok(Some(place)) => Ok(Some(Fate::Published { place, id: last.id })),
+        Ok(None) => Err(Error::new(ErrorKind::Unexpected, "the bus says of no event where it is")),
+        Err(error) if error.kind() == ErrorKind::Full => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -136,7 +136,7 @@ impl Backend for Sqlite {
             }
         }
         if let Some(direct) = direct
-            && let Some(fate) = direct::publish(connection, statements, direct, rows).await?
+            && let Some(fate) = direct::publish(connection, statements, direct, rows, in_unit).await?
         {
             return Ok(fate);
         }

@@ -1,12 +1,14 @@
 //! Transactions that publish into a bus in the same file, with nobody between them.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
 use eventbus::transport::sqlite::{Options as BusOptions, Sqlite as SqliteBus};
 use eventbus::{
-    Bus, Envelope, ErrorKind, Event, EventId, Failure, Offset, Service, Topic, Transport as _, Typed,
+    Bus, Envelope, ErrorKind, Event, EventId, Failure, Offset, Service, Topic, TopicSpec, Transport as _,
+    Typed,
 };
 use outbox::{Inbox, Memory, Namespace, Options, Outbox, Relay, Tx};
 use serde::{Deserialize, Serialize};
@@ -176,6 +178,44 @@ pub(crate) async fn a_bus_elsewhere_is_left_to_relays(cx: Cx<Sqlite>) {
         Bus::new(SqliteBus::open_path(path(&shared.cx).await, BusOptions::default()).await.unwrap());
     let error = shared.cx.outbox.publish_into(&another).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);
+}
+
+/// What is remembered of a topic is looked at: it may be another one by now, or none.
+pub(crate) async fn a_topic_that_is_made_anew_is_noticed(cx: Cx<Sqlite>) {
+    let shared = Shared::of(cx).await;
+    let (cx, admin) = (&shared.cx, shared.file.admin().unwrap());
+    assert!(cx.outbox.publish_into(&shared.bus).await.unwrap());
+    let steady = Topic::new("steady").unwrap();
+    let publish = async |n: i64| {
+        let mut tx = cx.outbox.begin().await.unwrap();
+        // Places in this one are given out by then.
+        tx.publish_envelope(&steady, cx.event("k", n)).unwrap();
+        (0..30).for_each(|key| tx.publish_envelope(&cx.topic, cx.event(&key.to_string(), n)).unwrap());
+        tx.commit().await.unwrap();
+    };
+    // One that made the topic is undone.
+    let mut tx = cx.outbox.begin().await.unwrap();
+    tx.publish_envelope(&cx.topic, cx.event("k", 1)).unwrap();
+    tx.flush().await.unwrap();
+    tx.rollback().await.unwrap();
+    publish(1).await;
+    for (n, partitions) in [(2, 40), (3, 3)] {
+        admin.delete_topic(&cx.topic).await.unwrap();
+        let spec = TopicSpec::new(cx.topic.clone()).with_partitions(NonZeroU32::new(partitions).unwrap());
+        admin.declare(&spec).await.unwrap();
+        publish(n).await;
+        publish(n + 10).await;
+        let numbers = shared.numbers().await;
+        assert!(
+            numbers.len() == 30 && numbers.values().all(|numbers| *numbers == [n, n + 10]),
+            "{numbers:?}"
+        );
+        let info = admin.topic(&cx.topic).await.unwrap().unwrap();
+        assert_eq!(info.partitions.len() as u32, partitions);
+    }
+    admin.delete_topic(&cx.topic).await.unwrap();
+    publish(4).await;
+    assert_eq!((shared.numbers().await.len(), shared.events(&steady).await.len()), (30, 6));
 }
 
 /// A bound of the bus is none of the business: its transactions go on, and their events wait.

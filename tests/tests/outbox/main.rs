@@ -79,6 +79,7 @@ on_one! {
         what_is_rolled_back_leaves_no_hole
         what_waits_in_the_outbox_goes_first
         a_bus_elsewhere_is_left_to_relays
+        a_topic_that_is_made_anew_is_noticed
         a_bus_without_room_is_waited_for
         what_is_too_large_for_the_bus_is_refused
         a_published_commit_can_be_asked_for

@@ -1,6 +1,7 @@
 //! Publishing in somebody else's transaction on the same file.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::LazyLock;
 
@@ -22,19 +23,25 @@ const CREATE_PARTITIONS: &str =
     "WITH RECURSIVE numbers (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < ?2)
 INSERT INTO eventbus_partition (topic, partition) SELECT ?1, n FROM numbers";
 
-/// Moves the end of a partition behind so many events.
-const ADVANCE: &str = "UPDATE eventbus_partition SET next = next + ?3, last_stored = max(last_stored, ?4)
-WHERE topic = ?1 AND partition = ?2 RETURNING next, last_stored";
+/// Moves the end of a partition behind so many events, of a topic that has as many partitions as was thought.
+const ADVANCE: &str = "UPDATE eventbus_partition SET next = next + ?4, last_stored = max(last_stored, ?5)
+WHERE topic = (SELECT id FROM eventbus_topic WHERE name = ?1 AND partitions = ?2) AND partition = ?3
+RETURNING topic, next, last_stored";
+
+/// Takes that back.
+const RETREAT: &str = "UPDATE eventbus_partition SET next = next - ?3 WHERE topic = ?1 AND partition = ?2";
 
 /// Events of one statement, and the statements: few sizes, so that few are prepared.
 static INSERTS: LazyLock<[(usize, String); 3]> = LazyLock::new(|| [32, 4, 1].map(|n| (n, row::insertion(n))));
 
 /// Where the events of a transaction go in one partition.
-struct Part {
-    topic: i64,
+struct Part<'a> {
+    topic: &'a Topic,
+    n_partitions: u32,
     partition: u32,
     n_events: u64,
-    /// The offset of the next one, and when they are stored, in nanoseconds.
+    /// The topic's id, the offset of the next one, and when they are stored, in nanoseconds.
+    id: i64,
     next: u64,
     stored_at: i64,
 }
@@ -76,22 +83,71 @@ impl Sqlite {
         topics::room(count, free, n_bytes as u64 / size + 1, max / size)
     }
 
-    /// The id and the partitions of a topic, which is created if it is missing.
-    async fn resolve(&self, connection: &mut dyn Statements, topic: &Topic) -> Result<(i64, u32)> {
+    /// The number of partitions of a topic, which is created if it is missing.
+    async fn resolve(&self, connection: &mut dyn Statements, topic: &Topic) -> Result<u32> {
         let name = SqlValue::Text(Cow::Borrowed(topic.as_str()));
-        let found = match numbers(connection, topics::FIND, std::slice::from_ref(&name)).await? {
+        let [_, n_partitions] = match numbers(connection, topics::FIND, std::slice::from_ref(&name)).await? {
             Some(found) => found,
             None => {
-                let partitions = number(i64::from(self.store.options.partitions));
-                let made = numbers(connection, CREATE, &[name, partitions.clone()]).await?;
+                let n_partitions = number(i64::from(self.store.options.partitions));
+                let made = numbers(connection, CREATE, &[name, n_partitions.clone()]).await?;
                 let made: [i64; 2] = made.ok_or_else(|| missing("topic"))?;
-                connection.run(CREATE_PARTITIONS, &[number(made[0]), partitions]).await?;
+                connection.run(CREATE_PARTITIONS, &[number(made[0]), n_partitions]).await?;
                 made
             }
         };
-        let [id, partitions] = found;
-        Ok((id, u32::try_from(partitions).map_err(|_| missing("number of partitions"))?))
+        let n_partitions = u32::try_from(n_partitions).map_err(|_| missing("number of partitions"))?;
+        self.store.remember(topic, n_partitions);
+        Ok(n_partitions)
     }
+
+    /// Gives out places in each partition; `false` = a topic is not what it was thought to be, and none is given out.
+    async fn advance(&self, connection: &mut dyn Statements, parts: &mut [Part<'_>]) -> Result<bool> {
+        let now = clock::to_nanos(self.store.wall.now());
+        for at in 0..parts.len() {
+            let (before, [part, ..]) = parts.split_at_mut(at) else { break };
+            let place = [
+                SqlValue::Text(Cow::Borrowed(part.topic.as_str())),
+                number(part.n_partitions.into()),
+                number(part.partition.into()),
+                number(part.n_events as i64),
+                number(now),
+            ];
+            let Some([id, next, stored_at]) = numbers(connection, ADVANCE, &place).await? else {
+                for part in before {
+                    let place = [part.id, part.partition.into(), part.n_events as i64].map(number);
+                    connection.run(RETREAT, &place).await?;
+                }
+                return Ok(false);
+            };
+            let next = u64::try_from(next).ok().filter(|next| *next <= MAX_OFFSET);
+            // Not as a bound that may be raised: there is no going on.
+            let all = || Error::new(ErrorKind::Unexpected, topics::NUMBERED_ALL).with("topic", part.topic);
+            let next = next.ok_or_else(all)?;
+            (part.id, part.next, part.stored_at) = (id, next - part.n_events, stored_at);
+        }
+        Ok(true)
+    }
+}
+
+/// Sorts events into the partitions of their topics; of each event which part it is in.
+fn sort<'a>(
+    events: &[(&'a Topic, Envelope)],
+    n_partitions: &HashMap<String, u32>,
+) -> (Vec<Part<'a>>, Vec<usize>) {
+    let (mut parts, mut part_of) = (Vec::<Part<'_>>::new(), Vec::with_capacity(events.len()));
+    for (topic, event) in events {
+        let n_partitions = n_partitions.get(topic.as_str()).copied().unwrap_or(1);
+        let partition = partition::of_envelope(event, n_partitions).0;
+        let at = parts.iter().position(|part| (part.topic, part.partition) == (*topic, partition));
+        let at = at.unwrap_or_else(|| {
+            parts.push(Part { topic, n_partitions, partition, n_events: 0, id: 0, next: 0, stored_at: 0 });
+            parts.len() - 1
+        });
+        parts.iter_mut().skip(at).take(1).for_each(|part| part.n_events += 1);
+        part_of.push(at);
+    }
+    (parts, part_of)
 }
 
 fn missing(what: &str) -> Error {
@@ -118,42 +174,32 @@ impl InFile for Sqlite {
             n_bytes += event.check(self.max_event_bytes()).map_err(|error| error.with("topic", topic))?;
         }
         self.has_room(transaction, n_bytes).await?;
-        let mut known: Vec<(&Topic, (i64, u32))> = Vec::new();
-        let mut parts: Vec<Part> = Vec::new();
-        let mut part_of = Vec::with_capacity(events.len());
-        for (topic, event) in events {
-            let (id, n_partitions) = match known.iter().find(|(name, _)| name == topic) {
-                Some((_, found)) => *found,
-                None => {
-                    let found = self.resolve(transaction, topic).await?;
-                    known.push((topic, found));
-                    found
-                }
-            };
-            let partition = partition::of_envelope(event, n_partitions).0;
-            let at = parts.iter().position(|part| (part.topic, part.partition) == (id, partition));
-            let at = at.unwrap_or_else(|| {
-                parts.push(Part { topic: id, partition, n_events: 0, next: 0, stored_at: 0 });
-                parts.len() - 1
-            });
-            parts.iter_mut().skip(at).take(1).for_each(|part| part.n_events += 1);
-            part_of.push(at);
-        }
-        let now = clock::to_nanos(self.store.wall.now());
-        for part in &mut parts {
-            let place = [part.topic, i64::from(part.partition), part.n_events as i64, now].map(number);
-            let ends: [i64; 2] =
-                numbers(transaction, ADVANCE, &place).await?.ok_or_else(|| missing("partition"))?;
-            let next = u64::try_from(ends[0]).unwrap_or(u64::MAX);
-            if next > MAX_OFFSET {
-                return Err(topics::numbered_all());
+        // How many partitions topics have is remembered, and looked at where places are given out: another process may have
+        // made the topic anew, or a transaction that made it may have been undone.
+        let mut known = HashMap::new();
+        for (topic, _) in events {
+            if !known.contains_key(topic.as_str()) {
+                let n_partitions = match self.store.remembered(topic) {
+                    Some(remembered) => remembered,
+                    None => self.resolve(transaction, topic).await?,
+                };
+                known.insert(topic.to_string(), n_partitions);
             }
-            (part.next, part.stored_at) = (next - part.n_events, ends[1]);
+        }
+        let (mut parts, mut part_of) = sort(events, &known);
+        if !self.advance(transaction, &mut parts).await? {
+            for (topic, _) in events {
+                known.insert(topic.to_string(), self.resolve(transaction, topic).await?);
+            }
+            (parts, part_of) = sort(events, &known);
+            if !self.advance(transaction, &mut parts).await? {
+                return Err(missing("partition"));
+            }
         }
         let mut rows = Vec::with_capacity(events.len());
         for ((_, event), at) in events.iter().zip(part_of) {
             let Some(part) = parts.get_mut(at) else { continue };
-            let at = position(part.topic, part.partition, part.next);
+            let at = position(part.id, part.partition, part.next);
             part.next += 1;
             rows.push((at, part.stored_at, StoredId::of(event.id()), event));
         }

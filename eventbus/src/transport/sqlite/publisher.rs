@@ -15,7 +15,7 @@ use super::topics;
 use super::writer::{Command, End, Job, Round};
 use crate::admin::Offset;
 use crate::envelope::Envelope;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::name::Topic;
 use crate::partition::{self, PartitionId};
 use crate::transport::kit::queue::Queued;
@@ -139,7 +139,7 @@ fn store_events(
         };
         let Some((_, end)) = ends.get_mut(at) else { continue };
         if end.next >= MAX_OFFSET {
-            return Err(topics::numbered_all().with("topic", topic));
+            return Err(Error::new(ErrorKind::Full, topics::NUMBERED_ALL).with("topic", topic));
         }
         places.push((partition, *end));
         end.next += 1;

@@ -1,5 +1,6 @@
 //! One open file: the writer's queue, a thread that reads, a thread that watches other processes.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Weak;
@@ -17,12 +18,15 @@ use super::retention::Trim;
 use super::schema::{self, Role};
 use super::writer::{Command, Counters, Job, Round, Writer};
 use crate::error::{Error, ErrorKind, Result};
+use crate::name::Topic;
 use crate::transport::kit::queue::Room;
 use crate::transport::kit::wall::Wall;
 
 /// How often the file is asked whether another process wrote to it; the call reads one shared page.
 const WATCH_EVERY: Duration = Duration::from_millis(5);
 const TRIM_EVERY: Duration = Duration::from_secs(10);
+/// Topics whose number of partitions is remembered.
+const MAX_REMEMBERED: usize = 4_096;
 
 type Read = Box<dyn FnOnce(&mut Connection) + Send>;
 
@@ -35,6 +39,8 @@ pub(super) struct Store {
     pub(super) wall: Arc<Wall>,
     /// The bound of the file, in bytes; `u64::MAX` = the disk decides.
     max_file_bytes: AtomicU64,
+    /// How many partitions topics have, as far as it was looked up for events that others store.
+    n_partitions: Mutex<HashMap<String, u32>>,
     jobs: mpsc::Sender<Command>,
     reads: Mutex<Option<mpsc::Sender<Read>>>,
     news: watch::Sender<u64>,
@@ -72,6 +78,7 @@ impl Store {
             counters,
             wall,
             max_file_bytes: AtomicU64::new(u64::MAX),
+            n_partitions: Mutex::default(),
             jobs,
             reads: Mutex::new(Some(reads)),
             news: news.clone(),
@@ -94,6 +101,20 @@ impl Store {
     pub(super) fn bound(&self, bytes: Option<u64>) -> Result<()> {
         self.max_file_bytes.store(bytes.unwrap_or(u64::MAX), Atomic::Relaxed);
         self.send(Command::Bound(bytes))
+    }
+
+    /// How many partitions a topic had when that was looked up last.
+    pub(super) fn remembered(&self, topic: &Topic) -> Option<u32> {
+        self.n_partitions.lock().get(topic.as_str()).copied()
+    }
+
+    /// Remembers how many partitions a topic has.
+    pub(super) fn remember(&self, topic: &Topic, n_partitions: u32) {
+        let mut known = self.n_partitions.lock();
+        if known.len() >= MAX_REMEMBERED {
+            known.clear();
+        }
+        known.insert(topic.to_string(), n_partitions);
     }
 
     /// The bound of the file, in bytes.

@@ -81,9 +81,7 @@ pub(super) fn room(count: u64, free: u64, needed: u64, max: u64) -> Result<()> {
 }
 
 /// A partition is at its end.
-pub(super) fn numbered_all() -> Error {
-    Error::new(ErrorKind::Full, "the partition has numbered all the events it can")
-}
+pub(super) const NUMBERED_ALL: &str = "the partition has numbered all the events it can";
 
 /// Creates a declared topic, or verifies it.
 pub(super) fn declare(round: &mut Round<'_>, spec: &TopicSpec) -> Result<bool> {
