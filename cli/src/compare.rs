@@ -47,6 +47,13 @@ pub(crate) struct Audit {
     max: usize,
 }
 
+impl Audit {
+    /// Whether it looks into an inbox too.
+    pub(crate) fn asks_a_consumer(&self) -> bool {
+        self.consumer.is_some()
+    }
+}
+
 /// Events that a consumer is asked about at once.
 const HELPING: usize = 500;
 

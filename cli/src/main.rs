@@ -29,7 +29,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
 use crate::context::{Care, Config, Gate, Session};
@@ -147,12 +148,16 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if cli.verbose > 0 {
         let level = if cli.verbose == 1 { "eventbus=debug" } else { "eventbus=trace" };
         tracing_subscriber::fmt().with_env_filter(level).with_writer(std::io::stderr).init();
     }
-    let work = run(&cli);
+    let work = async {
+        cli.heeds_its_store(&matches)?;
+        run(&cli).await
+    };
     let follows = match &cli.command {
         Command::Tail(tail) => tail.follow,
         Command::Inspect(inspect) => inspect.follows(),
@@ -185,6 +190,25 @@ async fn main() -> ExitCode {
 }
 
 impl Cli {
+    /// A store that is named on the command line is one that the command looks into. The environment may name one for all.
+    fn heeds_its_store(&self, matches: &ArgMatches) -> Outcome {
+        let flag = match &self.command {
+            Command::Publish(publish) if !publish.via_outbox => "--via-outbox",
+            Command::Audit(audit) if !audit.asks_a_consumer() => "--consumer",
+            _ => return Ok(()),
+        };
+        let is_given = |name| {
+            let of_command = matches.subcommand().and_then(|(_, of_command)| of_command.value_source(name));
+            of_command == Some(ValueSource::CommandLine)
+        };
+        match ["store", "namespace"].into_iter().find(|name| is_given(name)) {
+            Some(name) => {
+                Err(Failure::Usage(format!("--{name} says where to look with {flag}, which is not given")))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn color(&self) -> Color {
         if self.no_color { Color::Never } else { self.color }
     }
@@ -198,11 +222,11 @@ async fn run(cli: &Cli) -> Outcome {
     let mut out = Out::new(cli.output, cli.columns.clone(), !cli.no_headers, cli.color());
     match &cli.command {
         Command::Version => {
-            let version = json!({"eventctl": env!("CARGO_PKG_VERSION"), "transports": transports()});
+            let transports: Vec<_> = eventbus::schemes().collect();
             return if cli.output == Format::Json {
-                out.line(version)
+                out.line(json!({"eventctl": env!("CARGO_PKG_VERSION"), "transports": transports}))
             } else {
-                out.line(format_args!("eventctl {} ({})", env!("CARGO_PKG_VERSION"), transports().join(", ")))
+                out.line(format_args!("eventctl {} ({})", env!("CARGO_PKG_VERSION"), transports.join(", ")))
             };
         }
         Command::Completions { shell } => {
@@ -272,11 +296,4 @@ async fn run(cli: &Cli) -> Outcome {
     let closed = session.bus.close().await;
     outcome?;
     Ok(closed?)
-}
-
-fn transports() -> Vec<&'static str> {
-    [("memory", cfg!(feature = "memory")), ("sqlite", cfg!(feature = "sqlite"))]
-        .into_iter()
-        .filter_map(|(name, built)| built.then_some(name))
-        .collect()
 }

@@ -76,6 +76,11 @@ pub async fn connect(url: &str) -> Result<Bus> {
     }
 }
 
+/// The schemes of the addresses that [`connect`] opens in this build, in the order of its table.
+pub fn schemes() -> impl Iterator<Item = &'static str> {
+    SCHEMES.iter().filter(|(.., built)| *built).map(|(scheme, ..)| *scheme)
+}
+
 fn unavailable(scheme: &str) -> Error {
     match SCHEMES.iter().find(|(known, ..)| *known == scheme) {
         Some((_, feature, _)) => Error::new(
@@ -85,11 +90,7 @@ fn unavailable(scheme: &str) -> Error {
             ),
         ),
         None => {
-            let known: Vec<_> = SCHEMES
-                .iter()
-                .filter(|(.., built)| *built)
-                .map(|(scheme, ..)| format!("{scheme}://"))
-                .collect();
+            let known: Vec<_> = schemes().map(|scheme| format!("{scheme}://")).collect();
             Error::config(format!("unknown scheme {}", scheme.escape_debug())).with("known", known.join(", "))
         }
     }

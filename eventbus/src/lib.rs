@@ -77,7 +77,7 @@ pub use eventbus_derive::{Command, Event};
 pub use self::admin::{Admin, Offset, TopicSpec};
 pub use self::backoff::Retry;
 pub use self::batch::{Batch, BatchHandler, ExtractBatch, Gathered, IntoOutcomes, Item, Outcomes};
-pub use self::bus::{Bus, TypedPublisher, connect};
+pub use self::bus::{Bus, TypedPublisher, connect, schemes};
 pub use self::capability::Capabilities;
 pub use self::driver::{Counts, Health, HealthState, HeldKey, Monitor, ParkedKeys, Running, shutdown_signal};
 pub use self::envelope::Envelope;

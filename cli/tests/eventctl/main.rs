@@ -48,6 +48,18 @@ fn what_is_published_is_read_back() {
     assert_eq!((&topics[0]["topic"], &topics[0]["kept"]), (&"orders".into(), &1.into()));
 }
 
+/// The version names the transports that this build can reach, all of them here.
+#[test]
+fn the_version_names_the_transports() {
+    let shell = Shell::new();
+    let version = &shell.lines(&["version", "-o", "json"])[0];
+    assert_eq!(version["eventctl"], env!("CARGO_PKG_VERSION"));
+    let schemes = ["memory", "sqlite", "postgres", "kafka", "nats", "amqp", "redis"];
+    let named = version["transports"].as_array().unwrap();
+    assert!(schemes.iter().all(|scheme| named.contains(&Value::from(*scheme))), "{version}");
+    assert!(shell.ok(&["version"]).contains("postgres, "));
+}
+
 /// ids, keys, headers, time and bytes survive a pipe into another bus.
 #[test]
 fn a_pipe_is_lossless() {

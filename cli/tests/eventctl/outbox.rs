@@ -100,7 +100,18 @@ fn an_outbox_that_is_not_there_is_told() {
     assert!(code == Some(2) && said.contains("folder"), "{code:?} {said}");
     let (code, said) = told(&["outbox", "--namespace", "a;b", "--store", "sqlite://x.db", "status"]);
     assert!(code == Some(2) && said.contains("namespace"), "{code:?} {said}");
-    shell.ok(&["publish", "t", "x"]);
+    // One that is named and would not be looked at; the environment names one for all commands.
+    for (arguments, flag) in [
+        (&["publish", "t", "x", "--store", "sqlite://x.db"][..], "--via-outbox"),
+        (&["audit", "t", "--store", "sqlite://x.db"], "--consumer"),
+        (&["audit", "t", "--namespace", "x"], "--consumer"),
+    ] {
+        let (code, said) = told(arguments);
+        assert!(code == Some(2) && said.contains(flag), "{arguments:?}: {code:?} {said}");
+    }
+    let mut published = shell.command(&["publish", "t", "x", "-c", &shell.url("a")]);
+    let published = published.env("EVENTCTL_STORE", "sqlite://nowhere/x.db").output().unwrap();
+    assert!(published.status.success(), "{}", text(&published.stderr));
     let (code, said) = told(&["outbox", "status"]);
     assert!(code.is_some_and(|code| code != 0) && said.contains("tables"), "{code:?} {said}");
 }
