@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
+use crate::secret::Secret;
 
 /// One named address.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -26,9 +27,46 @@ pub(crate) struct Context {
     /// Writes are refused.
     #[serde(default)]
     pub read_only: bool,
+    /// Where the password of the address is, which names its user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<Secret>,
     /// The database of the outbox, where it is not the bus's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outbox: Option<String>,
+    /// Where the password of that is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outbox_password: Option<Secret>,
+    /// It is of `./eventctl.toml`, which others may have written.
+    #[serde(skip)]
+    is_of_project: bool,
+}
+
+impl Context {
+    /// The address, with its password.
+    ///
+    /// # Errors
+    /// Usage: the password is not there. Refused: a project would run a program for it.
+    pub(crate) fn address(&self) -> Outcome<String> {
+        self.whole(&self.url, self.password.as_ref())
+    }
+
+    /// The address of the outbox's database, with its password.
+    ///
+    /// # Errors
+    /// As [`address`](Self::address).
+    pub(crate) fn outbox_address(&self) -> Outcome<Option<String>> {
+        self.outbox.as_deref().map(|url| self.whole(url, self.outbox_password.as_ref())).transpose()
+    }
+
+    fn whole(&self, url: &str, password: Option<&Secret>) -> Outcome<String> {
+        match password {
+            None => Ok(url.to_owned()),
+            Some(secret) if self.is_of_project && secret.runs_a_program() => Err(Failure::Refused(format!(
+                "./eventctl.toml would run {secret}: only your own configuration may run programs"
+            ))),
+            Some(secret) => secret.put_into(url),
+        }
+    }
 }
 
 /// The configuration file.
@@ -114,7 +152,8 @@ impl Config {
         let project = Path::new("eventctl.toml");
         if project.exists() {
             let project = Self::parse(project)?;
-            for (name, context) in project.context {
+            for (name, mut context) in project.context {
+                context.is_of_project = true;
                 config.context.entry(name).or_insert(context);
             }
             config.current = config.current.or(project.current);
@@ -152,6 +191,11 @@ impl Config {
             return Ok(self.guarded(wanted, (String::new(), context)));
         }
         match self.context.get(wanted) {
+            // A project does not lend another name to what its user protects.
+            Some(context) if context.is_of_project => {
+                let found = self.guarded(&context.url, (wanted.to_owned(), context.clone()));
+                Ok(context.outbox.as_deref().map_or(found.clone(), |outbox| self.guarded(outbox, found)))
+            }
             Some(context) => Ok((wanted.to_owned(), context.clone())),
             None => {
                 let known: Vec<_> = self.context.keys().cloned().collect();
@@ -185,6 +229,8 @@ enum What {
     ///
     /// Examples:
     ///   eventctl context add prod sqlite:///srv/shop.db --label PROD --protected
+    ///   eventctl context add prod kafka://shop@b1,b2 --password env:KAFKA_PASSWORD
+    ///   eventctl context add prod postgres://me@db/shop --password 'cmd:secret-tool lookup eventctl prod'
     #[command(verbatim_doc_comment)]
     Add {
         /// Its name.
@@ -200,9 +246,15 @@ enum What {
         /// Writes are refused.
         #[arg(long)]
         read_only: bool,
+        /// Where the password of the address is; it is read when the context is used.
+        #[arg(long, value_name = "env:NAME|file:PATH|cmd:COMMAND")]
+        password: Option<Secret>,
         /// The database of its outbox, where that is not the bus's own.
         #[arg(long, value_name = "URL")]
         outbox: Option<String>,
+        /// Where the password of that is.
+        #[arg(long, value_name = "env:NAME|file:PATH|cmd:COMMAND", requires = "outbox")]
+        outbox_password: Option<Secret>,
         /// Chooses it as well.
         #[arg(long = "use")]
         and_use: bool,
@@ -273,7 +325,8 @@ enum What {
 fn shown(name: &str, context: &Context) -> serde_json::Map<String, serde_json::Value> {
     let plain = |url: &str| eventbus::url::Url::parse(url).map_or_else(|_| "?".into(), |url| url.to_string());
     row! {"name": name, "url": plain(&context.url), "label": context.label, "protected": context.protected,
-    "read_only": context.read_only, "outbox": context.outbox.as_deref().map(plain)}
+    "read_only": context.read_only, "password": context.password.as_ref().map(Secret::to_string),
+    "outbox": context.outbox.as_deref().map(plain)}
 }
 
 /// Has the configuration edited, and takes it only if it can be read.
@@ -324,7 +377,17 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
             });
             out.rows(rows.collect())
         }
-        Some(What::Add { name, url, label, protected, read_only, outbox, and_use }) => {
+        Some(What::Add {
+            name,
+            url,
+            label,
+            protected,
+            read_only,
+            password,
+            outbox,
+            outbox_password,
+            and_use,
+        }) => {
             eventbus::url::Url::parse(url)?;
             outbox.as_deref().map(eventbus::url::Url::parse).transpose()?;
             let mut config = Config::own(given)?;
@@ -333,7 +396,10 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
                 label: label.clone(),
                 protected: *protected,
                 read_only: *read_only,
+                password: password.clone(),
                 outbox: outbox.clone(),
+                outbox_password: outbox_password.clone(),
+                is_of_project: false,
             };
             config.context.insert(name.clone(), context);
             if *and_use {
@@ -358,7 +424,18 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
             Ok(())
         }
         Some(What::Copy { from, to }) => {
-            let (_, context) = Config::load(given)?.find(Some(from))?;
+            let (_, mut context) = Config::load(given)?.find(Some(from))?;
+            if context.is_of_project
+                && [&context.password, &context.outbox_password]
+                    .into_iter()
+                    .flatten()
+                    .any(Secret::runs_a_program)
+            {
+                return Err(Failure::Refused(format!(
+                    "{from} is of ./eventctl.toml and would run a program: add yours by hand"
+                )));
+            }
+            context.is_of_project = false;
             let mut config = Config::own(given)?;
             if config.context.contains_key(to) {
                 return Err(Failure::Refused(format!("there is a context {to} already: remove it first")));
@@ -459,7 +536,7 @@ impl Session {
                 "there is no file {file}; publish and topic create make one"
             )));
         }
-        let bus = match eventbus::connect(&context.url).await {
+        let bus = match eventbus::connect(&context.address()?).await {
             Ok(bus) => bus.with_source("/eventctl"),
             Err(error)
                 if error.kind() == eventbus::ErrorKind::Config && !error.message().contains("folder") =>

@@ -20,6 +20,7 @@ mod range;
 mod reader;
 mod record;
 mod replay;
+mod secret;
 mod store;
 mod tail;
 mod time;

@@ -46,14 +46,21 @@ impl Store {
     /// # Errors
     /// Usage: nothing says where it is. Connect: it cannot be reached. Others: there are no tables, or not ours.
     pub(crate) async fn open(&self, gate: &Gate) -> Outcome<AnyOutbox> {
-        let bus = Some(gate.context.url.as_str()).filter(|url| !url.is_empty());
-        let bus = bus.map(with_tls_alone);
-        let url =
-            self.store.as_deref().or(gate.context.outbox.as_deref()).or(bus.as_deref()).ok_or_else(|| {
-                Failure::Usage("no outbox: give --store with its database, or -c with a context".into())
-            })?;
+        let context = &gate.context;
+        // A password is read only where it is used.
+        let url = match &self.store {
+            Some(store) => store.clone(),
+            None => match context.outbox_address()? {
+                Some(outbox) => outbox,
+                None if context.url.is_empty() => {
+                    let why = "no outbox: give --store with its database, or -c with a context";
+                    return Err(Failure::Usage(why.into()));
+                }
+                None => with_tls_alone(&context.address()?),
+            },
+        };
         let options = Options::default().with_namespace(Namespace::new(&self.namespace)?);
-        let outbox = AnyOutbox::open(url, options).await.map_err(|error| match error.kind() {
+        let outbox = AnyOutbox::open(&url, options).await.map_err(|error| match error.kind() {
             eventbus::ErrorKind::Config | eventbus::ErrorKind::Unsupported => error.into(),
             _ => Failure::Connect(error.to_string()),
         })?;

@@ -67,6 +67,24 @@ fn works_on(kind: Kind) {
     }
 }
 
+/// The password of a context is the one that the broker asks for.
+#[test]
+fn a_context_finds_its_password() {
+    let shell = Shell::new();
+    let bus = url(Kind::Rabbitmq).unwrap();
+    let (scheme, rest) = bus.split_once("://").unwrap();
+    let (user, host) = rest.rsplit_once('@').unwrap();
+    let (user, password) = user.split_once(':').unwrap();
+    for (line, expected) in [(password, 0), ("another", 6)] {
+        let file = shell.folder().join(line);
+        std::fs::write(&file, format!("{line}\n")).unwrap();
+        let (address, file) = (format!("{scheme}://{user}@{host}"), format!("file:{}", file.display()));
+        shell.ok(&["context", "add", "prod", &address, "--password", &file]);
+        let (code, _, stderr) = shell.told(&["context", "test", "prod"]);
+        assert_eq!(code, expected, "{stderr}");
+    }
+}
+
 #[test]
 fn kafka_takes_every_command() {
     works_on(Kind::Kafka);

@@ -40,8 +40,42 @@ fn contexts_are_added_chosen_and_removed() {
     std::fs::write(shell.folder().join("eventctl.toml"), project).unwrap();
     assert_eq!(shell.told(&["-c", "prod", "publish", "orders", "{}"]).0, 5);
     assert_eq!(shell.told(&["-c", "mine", "tail", "orders"]).0, 0);
+    let (code, _, stderr) = shell.told(&["-c", "mine", "publish", "orders", "{}"]);
+    assert!(code == 5 && stderr.contains("--confirm prod"), "the same place under another name: {stderr}");
     shell.ok(&["context", "rm", "shop"]);
     assert_eq!(shell.told(&["-c", "shop", "tail", "orders"]).0, 2);
+}
+
+/// Passwords are where the configuration says, and not in it.
+#[test]
+fn a_context_names_where_its_password_is() {
+    let shell = Shell::new();
+    let add = |name: &str, password: &str| {
+        shell.told(&["context", "add", name, "postgres://me@127.0.0.1:1/shop", "--password", password])
+    };
+    let (code, _, stderr) = add("prod", "s3cret");
+    assert!(code == 2 && stderr.contains("env:NAME"), "{stderr}");
+    assert_eq!(add("prod", "env:NO_SUCH_VARIABLE").0, 0);
+    let listed = shell.ok(&["context", "show", "prod"]);
+    assert!(listed.contains("\"password\":\"env:NO_SUCH_VARIABLE\""), "{listed}");
+    let (code, _, stderr) = shell.told(&["context", "test", "prod"]);
+    assert!(code == 2 && stderr.contains("env:NO_SUCH_VARIABLE"), "{stderr}");
+    // It is read, and nothing of it is told.
+    let run = shell.folder().join("run");
+    assert_eq!(add("prod", &format!("cmd:touch {}; echo s3cret", run.display())).0, 0);
+    let (code, stdout, stderr) = shell.told(&["-vv", "context", "test", "prod"]);
+    assert!(code == 6 && run.exists() && !format!("{stdout}{stderr}").contains("s3cret"), "{stderr}");
+    // A project's file names no program to run.
+    std::fs::remove_file(&run).unwrap();
+    let project = format!(
+        "[context.theirs]\nurl = \"postgres://me@127.0.0.1:1/shop\"\npassword = \"cmd:touch {}\"\n",
+        run.display()
+    );
+    std::fs::write(shell.folder().join("eventctl.toml"), project).unwrap();
+    for arguments in [&["-c", "theirs", "tail", "orders"][..], &["context", "copy", "theirs", "mine"]] {
+        let (code, _, stderr) = shell.told(arguments);
+        assert!(code == 5 && stderr.contains("eventctl.toml") && !run.exists(), "{arguments:?}: {stderr}");
+    }
 }
 
 #[test]
