@@ -417,7 +417,7 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
             let (name, context) = Config::load(given)?.find(name.as_deref())?;
             let care = Care { confirm: Vec::new(), no_input: true, dry_run: true };
             let started = std::time::Instant::now();
-            let session = Session::open(false, name.clone(), context, care).await?;
+            let session = Session::through(false, Gate { name: name.clone(), context, care }).await?;
             let n_topics = session.admin()?.topics().await?.len();
             session.bus.close().await?;
             say!("context {name} answers: {n_topics} topics, {} ms", started.elapsed().as_millis());
@@ -496,7 +496,7 @@ impl std::ops::Deref for Session {
 }
 
 /// The one gate of everything that writes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Gate {
     /// The context's name; empty for an address.
     pub name: String,
@@ -513,7 +513,7 @@ fn file_of(url: &str) -> Option<PathBuf> {
 }
 
 /// What was said about writing.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Care {
     /// Names that were confirmed.
     pub confirm: Vec<String>,
@@ -528,7 +528,8 @@ impl Session {
     ///
     /// # Errors
     /// Connect: the transport cannot be reached.
-    pub(crate) async fn open(creates: bool, name: String, context: Context, care: Care) -> Outcome<Self> {
+    pub(crate) async fn through(creates: bool, gate: Gate) -> Outcome<Self> {
+        let context = &gate.context;
         let file = file_of(&context.url).filter(|file| !creates && !file.as_os_str().is_empty());
         if let Some(file) = file.filter(|file| !file.exists()) {
             let file = file.display();
@@ -547,7 +548,7 @@ impl Session {
             Err(error) => return Err(Failure::Connect(error.to_string())),
         };
         let broker = context.url.split("://").next().unwrap_or_default().to_owned();
-        Ok(Self { bus, broker, gate: Gate { name, context, care } })
+        Ok(Self { bus, broker, gate })
     }
 
     /// Returns the administration.
@@ -577,6 +578,11 @@ impl Session {
 }
 
 impl Gate {
+    /// What its address names: no user, no password, no options.
+    pub(crate) fn place(&self) -> String {
+        place(&self.context.url).unwrap_or_default()
+    }
+
     /// Whether something may be written.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::jq::Jq;
 use crate::out::Out;
 use crate::out::row;
 use crate::out::say;
+use crate::pace::Pace;
 use crate::range::{Bound, Range, resolve};
 use crate::reader::{Filter, Reader, event};
 use crate::{audit, record};
@@ -372,12 +373,9 @@ async fn close(session: &Session, held: &Held, verb: &str, mut how: serde_json::
 /// Publishes letters again, confirmed, oldest first, and only then notes that they are settled.
 async fn redrive(session: &Session, letters: &[Letter], to: &str, rate: Option<f64>, keep: bool) -> Outcome {
     let publisher = session.bus.transport().publisher().await?;
-    let started = std::time::Instant::now();
+    let pace = Pace::begin(rate);
     for (at, letter) in letters.iter().enumerate() {
-        if let Some(rate) = rate {
-            let due = std::time::Duration::from_secs_f64(at as f64 / rate);
-            tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
-        }
+        pace.keep(at as u64).await;
         let topic = match to {
             "handler" | "origin" => Topic::new(letter.mark("evt-dlq-origin"))?,
             other => Topic::new(other)?,
@@ -392,9 +390,8 @@ async fn redrive(session: &Session, letters: &[Letter], to: &str, rate: Option<f
             .with_extension("evt-replay-of", &letter.place)
             .with_extension("evt-replay-count", count.to_string());
         if to == "handler" {
-            event = event
-                .with_extension("evt-replay-group", letter.mark("evt-dlq-group"))
-                .with_extension("evt-replay-handler", letter.mark("evt-dlq-handler"));
+            event =
+                record::only_for(event, letter.mark("evt-dlq-group"), Some(letter.mark("evt-dlq-handler")));
         }
         publisher.enqueue(&topic, vec![event]).await?.await.all()?;
         audit::note(

@@ -14,6 +14,7 @@ mod jq;
 mod listing;
 mod out;
 mod outbox;
+mod pace;
 mod progress;
 mod publish;
 mod range;
@@ -274,10 +275,7 @@ async fn run(cli: &Cli) -> Outcome {
         }
         _ => found,
     };
-    let session = {
-        let care = care();
-        Session::open(creates && !cli.dry_run, name, context, care).await?
-    };
+    let session = { Session::through(creates && !cli.dry_run, Gate { name, context, care: care() }).await? };
     let outcome = match &cli.command {
         Command::Publish(publish) => {
             let to = publish::To::Bus(&session.bus);
@@ -286,7 +284,11 @@ async fn run(cli: &Cli) -> Outcome {
         Command::Tail(tail) => tail::run(&session, tail, cli.time, &mut out).await,
         Command::Inspect(inspect) => inspect::run(&session, inspect, &mut out).await,
         Command::Capabilities => inspect::capabilities(&session, &mut out),
-        Command::Replay(replay) => replay::run(&session, replay, cli.progress(), &mut out).await,
+        Command::Replay(replay) => {
+            let other = replay.to_context().map(|wanted| config.find(Some(wanted))).transpose()?;
+            let other = other.map(|(name, context)| Gate { name, context, care: care() });
+            replay::run(&session, other, replay, cli.progress(), &mut out).await
+        }
         Command::Dlq(dlq) => dlq::run(&session, dlq, &mut out).await,
         Command::Topic(topic) => topic::run(&session, topic).await,
         Command::Outbox(command) => outbox::run(command, &session, Some(&session), &mut out).await,

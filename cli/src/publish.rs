@@ -13,6 +13,7 @@ use crate::context::Gate;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::say;
+use crate::pace::Pace;
 use crate::progress::{Progress, Style};
 use crate::record;
 use crate::store::Store;
@@ -32,12 +33,12 @@ pub(crate) enum Input {
     Envelope,
 }
 
-/// What becomes of the rest when a line is broken.
+/// What becomes of the rest when an event is broken, or refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OnError {
     /// It is not published; what came before is.
     Stop,
-    /// It is; the line is named, and the exit code is 3.
+    /// It is; the event is named, and the exit code is 3.
     Skip,
 }
 
@@ -313,12 +314,11 @@ async fn repeat(sender: &mut Sender<'_>, publish: &Publish, progress: Style) -> 
     let mut body = Vec::new();
     publish.source()?.read_to_end(&mut body)?;
     let fill = |text: &str, n: u64| text.replace("{n}", &n.to_string());
-    let started = Instant::now();
-    let most = publish.in_flight.get() as f64;
-    let window = publish.rate.map_or(most, |rate| (rate / 10.0).ceil().clamp(1.0, most)) as u64;
+    let pace = Pace::begin(publish.rate);
+    let window = pace.window(publish.in_flight.get()) as u64;
     let mut progress = Progress::begin(progress, "publish", publish.count.unwrap_or(0));
     let mut n = 0;
-    while n < count && publish.duration.is_none_or(|duration| started.elapsed() < duration) {
+    while n < count && publish.duration.is_none_or(|duration| pace.elapsed() < duration) {
         let mut batch = Vec::new();
         for _ in 0..window.min(count - n) {
             n += 1;
@@ -333,10 +333,7 @@ async fn repeat(sender: &mut Sender<'_>, publish: &Publish, progress: Style) -> 
         }
         sender.send(batch).await?;
         progress.at(n);
-        if let Some(rate) = publish.rate {
-            let due = std::time::Duration::from_secs_f64(n as f64 / rate);
-            tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
-        }
+        pace.keep(n).await;
     }
     progress.end(n);
     Ok(())

@@ -90,6 +90,15 @@ pub(crate) fn n_replays(event: &Envelope) -> u32 {
     event.extension("evt-replay-count").and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
+/// The event for one group alone, and there for one handler, if one is named.
+pub(crate) fn only_for(event: Envelope, group: &str, handler: Option<&str>) -> Envelope {
+    let event = event.with_extension("evt-replay-group", group);
+    match handler {
+        Some(handler) => event.with_extension("evt-replay-handler", handler),
+        None => event,
+    }
+}
+
 /// Whether a name in wire form is that of an attribute.
 fn is_attribute(name: &str) -> bool {
     name.starts_with("ce_") || name.starts_with("evt-") || name == "content-type"

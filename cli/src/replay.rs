@@ -8,13 +8,15 @@ use eventbus::{Envelope, EventId, Offset, PartitionId, Topic};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::context::Session;
+use crate::context::{Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
 use crate::out::Out;
 use crate::out::row;
 use crate::out::say;
+use crate::pace::Pace;
 use crate::progress::{Progress, Style};
+use crate::publish::OnError;
 use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
 use crate::{audit, record};
@@ -24,6 +26,8 @@ use crate::{audit, record};
 /// Examples:
 ///   eventctl -c sqlite://shop.db replay plan orders --range @-1h:end --to orders.replay
 ///   eventctl -c sqlite://shop.db replay run orders --range @-1h:end --to orders.replay --execute
+///   eventctl -c sqlite://shop.db replay run orders --range @-1h:end --to-handler billing/charge --ids new --execute
+///   eventctl -c prod replay run orders --range @-1h:end --to-context sqlite://copy.db --execute
 ///   eventctl -c sqlite://shop.db replay plan orders --range @-1h:end --to orders.replay -O plan.json
 ///   eventctl -c sqlite://shop.db replay run plan.json --rate 200/s --verify --execute
 ///   eventctl -c sqlite://shop.db replay run --resume rp_0190… --execute
@@ -61,19 +65,47 @@ enum What {
         /// Goes on with a replay that was interrupted, from its last checkpoint.
         #[arg(long, value_name = "ID", conflicts_with_all = ["source", "to"])]
         resume: Option<String>,
-        /// Publishes no faster, such as 200/s.
-        #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
-        rate: Option<f64>,
-        /// Notes how far it came after so many events.
-        #[arg(long, default_value_t = 500, value_name = "N")]
-        checkpoint_every: u64,
-        /// Counts in the target what arrived.
-        #[arg(long)]
-        verify: bool,
+        #[command(flatten)]
+        how: How,
         /// Does it; without, only plans.
         #[arg(long)]
         execute: bool,
     },
+}
+
+/// How events are published.
+#[derive(Debug, Args)]
+struct How {
+    /// Publishes no faster, such as 200/s.
+    #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
+    rate: Option<f64>,
+    /// Reaches that rate after so long, evenly from none.
+    #[arg(long, value_name = "TIME", requires = "rate", value_parser = crate::range::duration)]
+    ramp: Option<std::time::Duration>,
+    /// What an event does that the target refuses.
+    #[arg(long, value_enum, default_value = "stop")]
+    on_error: OnError,
+    /// Notes how far it came after so many events.
+    #[arg(long, default_value_t = 500, value_name = "N")]
+    checkpoint_every: u64,
+    /// Counts in the target what arrived.
+    #[arg(long)]
+    verify: bool,
+}
+
+/// The one consumer for which events are replayed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Handler {
+    group: String,
+    name: Option<String>,
+}
+
+fn handler(text: &str) -> Result<Handler, String> {
+    let (group, name) = text.split_once('/').map_or((text, None), |(group, name)| (group, Some(name)));
+    if group.is_empty() || name.is_some_and(str::is_empty) {
+        return Err("expected GROUP or GROUP/HANDLER, as dlq list shows them".into());
+    }
+    Ok(Handler { group: group.to_owned(), name: name.map(str::to_owned) })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -101,9 +133,15 @@ fn strip(text: &str) -> Result<Strip, String> {
 struct Flags {
     /// The topic to read, or the file of a plan.
     source: Option<String>,
-    /// The topic to publish to.
+    /// The topic to publish to: that which is read, where --to-handler or --to-context is given and this is not.
     #[arg(long, value_name = "TOPIC")]
     to: Option<Topic>,
+    /// Publishes on another bus. What is noted of the replay is noted there.
+    #[arg(long, value_name = "NAME|URL")]
+    to_context: Option<String>,
+    /// Only for this group, or one handler of it. Where it remembers what it handled, --ids new has it handle them again.
+    #[arg(long, value_name = "GROUP[/HANDLER]", value_parser = handler)]
+    to_handler: Option<Handler>,
     #[command(flatten)]
     range: RangeFlags,
     #[command(flatten)]
@@ -156,6 +194,11 @@ struct Job {
     skip_tombstones: bool,
     #[serde(default)]
     strip: Vec<String>,
+    /// The place of the bus to publish on, if it is another.
+    #[serde(default)]
+    to_place: Option<String>,
+    #[serde(default)]
+    to_handler: Option<Handler>,
     max: Option<u64>,
     max_replays: u32,
     /// Published before this.
@@ -177,7 +220,7 @@ impl Job {
         self.spans.iter().map(span).collect()
     }
 
-    async fn of(session: &Session, flags: &Flags) -> Outcome<Self> {
+    async fn of(session: &Session, to_place: Option<String>, flags: &Flags) -> Outcome<Self> {
         let Some(source) = flags.source.as_deref() else {
             return Err(Failure::Usage("what? name a topic, or the file of a plan".into()));
         };
@@ -187,10 +230,11 @@ impl Job {
             return serde_json::from_str(&text)
                 .map_err(|error| Failure::Usage(format!("{source} is not a plan: {error}")));
         }
-        let Some(to) = &flags.to else {
+        let topic = Topic::new(source)?;
+        let same = (flags.to_handler.is_some() || flags.to_context.is_some()).then_some(&topic);
+        let Some(to) = flags.to.as_ref().or(same) else {
             return Err(Failure::Usage("where to? give --to TOPIC".into()));
         };
-        let topic = Topic::new(source)?;
         let spans = resolve(session.admin()?, &topic, flags.range.or_from(Bound::Start)).await?;
         Ok(Self {
             id: format!("rp_{}", EventId::generate()),
@@ -202,6 +246,8 @@ impl Job {
             edit: flags.edit.clone(),
             skip_tombstones: flags.skip_tombstones,
             strip: flags.headers.0.clone(),
+            to_place,
+            to_handler: flags.to_handler.clone(),
             max: (!flags.all).then_some(flags.max),
             max_replays: flags.max_replays,
             published: 0,
@@ -252,28 +298,58 @@ impl Job {
     }
 }
 
-/// Runs the command.
+impl Replay {
+    /// The other bus, where one is named.
+    pub(crate) fn to_context(&self) -> Option<&str> {
+        match &self.what {
+            What::Plan { flags, .. } | What::Run { flags, .. } => flags.to_context.as_deref(),
+        }
+    }
+}
+
+/// Runs the command. `other` is the bus of `--to-context`, which is opened where it is needed.
 ///
 /// # Errors
 /// Not found, refused for safety, above the bound, or not all of it arrived.
-pub(crate) async fn run(session: &Session, replay: &Replay, progress: Style, out: &mut Out) -> Outcome {
+pub(crate) async fn run(
+    session: &Session,
+    other: Option<Gate>,
+    replay: &Replay,
+    progress: Style,
+    out: &mut Out,
+) -> Outcome {
+    let to_place = other.as_ref().map(Gate::place).filter(|place| *place != session.place());
+    let fits = |job: &Job| match job.to_place == to_place {
+        true => Ok(()),
+        false => {
+            let place = job.to_place.as_deref().unwrap_or("the bus that it reads");
+            Err(Failure::Usage(format!("the plan publishes on {place}: give --to-context as it did")))
+        }
+    };
     match &replay.what {
         What::Plan { flags, plan_out } => {
-            let job = Job::of(session, flags).await?;
+            let job = Job::of(session, to_place.clone(), flags).await?;
+            fits(&job)?;
             show(session, &job, out).await?;
             if let Some(path) = plan_out {
                 let text = serde_json::to_string_pretty(&job)
                     .map_err(|error| Failure::Runtime(error.to_string()))?;
                 std::fs::write(path, text + "\n")?;
-                say!("next: eventctl replay run {} --execute", path.display());
+                let elsewhere = if to_place.is_some() { " --to-context …" } else { "" };
+                say!("next: eventctl replay run {}{elsewhere} --execute", path.display());
             }
             Ok(())
         }
-        What::Run { flags, resume, rate, checkpoint_every, verify, execute } => {
-            let job = match resume {
-                Some(id) => Job::resumed(session, id).await?,
-                None => Job::of(session, flags).await?,
+        What::Run { flags, resume, how, execute } => {
+            let (mut opened, noted) = (None, resume.as_deref());
+            let job = match (noted, &other) {
+                (None, _) => Job::of(session, to_place.clone(), flags).await?,
+                (Some(id), None) => Job::resumed(session, id).await?,
+                (Some(id), Some(gate)) => {
+                    Job::resumed(opened.insert(Session::through(false, gate.clone()).await?), id).await?
+                }
             };
+            fits(&job)?;
             let plan =
                 if *execute { count(session, &job).await? } else { return show(session, &job, out).await };
             if job.max.is_some_and(|max| plan.n_matched > max) {
@@ -283,16 +359,25 @@ pub(crate) async fn run(session: &Session, replay: &Replay, progress: Style, out
                     job.max.unwrap_or_default()
                 )));
             }
-            session.may_write()?;
+            other.as_ref().unwrap_or(session).may_write()?;
+            if let (Some(gate), None) = (other, &opened) {
+                opened = Some(Session::through(true, gate).await?);
+            }
+            let target = opened.as_ref().unwrap_or(session);
             let progress = Progress::begin(progress, "replay", plan.n_matched);
-            execute_job(session, job, progress, *rate, (*checkpoint_every).max(1), *verify).await
+            let outcome = execute_job(session, target, job, progress, how).await;
+            if let Some(opened) = opened {
+                opened.bus.close().await?;
+            }
+            outcome
         }
     }
 }
 
 async fn count(session: &Session, job: &Job) -> Outcome<Plan> {
     let (source, to) = job.topics()?;
-    if to == source {
+    // For one handler the range is what it is now: its end does not move.
+    if to == source && job.to_place.is_none() && job.to_handler.is_none() {
         return Err(Failure::Refused("source and target are the same topic: it would grow for ever".into()));
     }
     let mut plan = Plan::default();
@@ -337,24 +422,28 @@ async fn show(session: &Session, job: &Job, out: &mut Out) -> Outcome {
 /// from there, under the same ids.
 async fn execute_job(
     session: &Session,
+    target: &Session,
     mut job: Job,
     mut progress: Progress,
-    rate: Option<f64>,
-    checkpoint_every: u64,
-    verify: bool,
+    how: &How,
 ) -> Outcome {
     let (source, to) = job.topics()?;
-    let publisher = session.bus.transport().publisher().await?;
+    let publisher = target.bus.transport().publisher().await?;
     let wanted_filter = job.filter.clone();
     let wanted = wanted_filter.ready(&session.broker)?;
     let edit = job.edit.as_deref().map(Jq::compile).transpose()?;
     let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     let (mut batch, mut passed) = (Vec::new(), Vec::new());
-    let (mut n_published, mut noted, mut n_passed) = (0u64, 0u64, 0u64);
-    let window = rate.map_or(WINDOW, |rate| (rate / 10.0).ceil().clamp(1.0, WINDOW as f64) as usize);
-    let started = std::time::Instant::now();
-    job.checkpoint(session).await?;
-    say!("replay {}: interrupted, it goes on with replay run --resume {} --execute", job.id, job.id);
+    let (mut n_published, mut noted, mut n_passed, mut n_refused) = (0u64, 0u64, 0u64, 0u64);
+    let pace = Pace::begin(how.rate).with_ramp(how.ramp.unwrap_or_default());
+    let window = pace.window(WINDOW);
+    job.checkpoint(target).await?;
+    let elsewhere = if job.to_place.is_some() { " --to-context …" } else { "" };
+    say!(
+        "replay {}: interrupted, it goes on with replay run --resume {}{elsewhere} --execute",
+        job.id,
+        job.id
+    );
     loop {
         let record = reader.next().await?;
         let done = record.is_none();
@@ -372,23 +461,33 @@ async fn execute_job(
             }
         }
         if batch.len() >= window || passed.len() >= MAX_PASSED || done {
-            n_published += batch.len() as u64;
             if !batch.is_empty() {
-                publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await.all()?;
+                let of: Vec<String> = batch
+                    .iter()
+                    .map(|event: &Envelope| event.extension("evt-replay-of").unwrap_or_default().to_owned())
+                    .collect();
+                let outcomes = publisher.enqueue(&to, std::mem::take(&mut batch)).await?.await;
+                for (of, outcome) in of.into_iter().zip(outcomes) {
+                    match outcome {
+                        Ok(_) => n_published += 1,
+                        Err(error) if how.on_error == OnError::Skip && !error.is_retryable() => {
+                            n_refused += 1;
+                            say!("eventctl: {of}: {error}; skipped");
+                        }
+                        Err(error) => return Err(error.into()),
+                    }
+                }
             }
             progress.at(n_published);
             n_passed += passed.len() as u64;
             passed.drain(..).for_each(|(partition, offset)| job.pass(partition, offset));
-            if n_published - noted >= checkpoint_every || n_passed >= MAX_PASSED as u64 || done {
+            if n_published - noted >= how.checkpoint_every.max(1) || n_passed >= MAX_PASSED as u64 || done {
                 n_passed = 0;
                 noted = n_published;
                 let so_far = job.published + n_published;
-                Job { published: so_far, ..job.clone() }.checkpoint(session).await?;
+                Job { published: so_far, ..job.clone() }.checkpoint(target).await?;
             }
-            if let Some(rate) = rate {
-                let due = std::time::Duration::from_secs_f64(n_published as f64 / rate);
-                tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
-            }
+            pace.keep(n_published).await;
         }
         if done {
             break;
@@ -397,9 +496,9 @@ async fn execute_job(
     progress.end(n_published);
     let total = job.published + n_published;
     let details = json!({"replay": job.id, "source": job.source, "to": job.to, "events": total});
-    audit::note(session, "replay", details).await?;
-    if verify {
-        let arrived = arrived(session, &to, &job.id).await?;
+    audit::note(target, "replay", details).await?;
+    if how.verify {
+        let arrived = arrived(target, &to, &job.id).await?;
         // What was interrupted between a confirm and its note was published again: never less than it says.
         if arrived < total {
             return Err(Failure::Partial(format!("{arrived} of {total} events are in {to}")));
@@ -407,7 +506,10 @@ async fn execute_job(
         say!("verified: {arrived} events of {} are in {to}", job.id);
     }
     say!("replayed {n_published} events from {source} to {to}");
-    Ok(())
+    match n_refused {
+        0 => Ok(()),
+        n => Err(Failure::Partial(format!("{n_published} events were published, {n} were refused"))),
+    }
 }
 
 /// Counts the events of a replay in its target.
@@ -434,6 +536,10 @@ fn copy(event: &Envelope, job: &Job, of: &str) -> Envelope {
         .with_extension("evt-replay-id", replay)
         .with_extension("evt-replay-of", of)
         .with_extension("evt-replay-count", (record::n_replays(event) + 1).to_string());
+    let copy = match &job.to_handler {
+        Some(Handler { group, name }) => record::only_for(copy, group, name.as_deref()),
+        None => copy,
+    };
     match ids {
         Ids::Keep => copy,
         // The same for the same replay, so that what is repeated after an interruption is one event.

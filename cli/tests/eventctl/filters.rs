@@ -252,6 +252,50 @@ fn a_replay_leaves_out_what_it_is_told_to() {
     assert_eq!(shell.code(&["replay", "run", "orders", "--to", "x", "--headers", "some"]).0, 2);
 }
 
+/// Events go to another bus, where the replay is noted too; the one they come from is only read.
+#[test]
+fn a_replay_goes_to_another_bus() {
+    let shell = Shell::new();
+    for n in 0..3 {
+        shell.ok(&["publish", "orders", &format!("{{\"n\":{n}}}"), "-k", "k"]);
+    }
+    let large = format!("\"{}\"", "x".repeat(3_000));
+    shell.ok(&["publish", "orders", &large, "-k", "other"]);
+    let (a, b) = (shell.url("a"), shell.url("b"));
+    shell.ok(&["context", "add", "prod", &a, "--read-only"]);
+    shell.ok(&["context", "add", "copy", &b, "--protected"]);
+    let on = |arguments: &[&str]| shell.told(&[&["-c", "prod", "replay"], arguments].concat());
+    // A plan makes no file of a bus, and runs where it says.
+    let (code, _, stderr) = on(&["plan", "orders", "--to-context", "copy", "-O", "plan.json"]);
+    assert!(code == 0 && !shell.folder().join("b.db").exists(), "{stderr}");
+    let (code, _, stderr) = on(&["run", "plan.json", "--execute"]);
+    assert!(code == 2 && stderr.contains("--to-context"), "{stderr}");
+    let (code, _, stderr) = on(&["run", "plan.json", "--to-context", "copy", "--execute"]);
+    assert!(code == 5 && stderr.contains("--confirm copy"), "{stderr}");
+    assert_eq!(on(&["run", "orders", "--execute"]).0, 2, "where to?");
+    // What the target refuses ends it, or is told.
+    let small = format!("{b}?max_event_bytes=2000");
+    let run = ["run", "orders", "--to-context", &small, "--confirm", "copy", "--execute", "--verify"];
+    let (code, _, stderr) = on(&run);
+    assert!(code != 0 && code != 3, "{code}: {stderr}");
+    let (code, _, stderr) = on(&[&run[..], &["--on-error", "skip", "--to", "skipped"]].concat());
+    assert!(
+        code == 3 && stderr.contains("orders/") && stderr.contains("3 events were published, 1"),
+        "{stderr}"
+    );
+    let copies = shell.lines(&["-c", &b, "tail", "skipped", "--select", ".value.data.n"]);
+    assert_eq!(copies, [0, 1, 2].map(serde_json::Value::from));
+    let known = shell.lines(&["-c", &b, "inspect", "topics", "--internal"]);
+    let is_noted = |name: &str| known.iter().any(|topic| topic["topic"] == name);
+    assert!(is_noted("_evt.replays") && is_noted("_evt.audit"), "{known:?}");
+    assert_eq!(shell.lines(&["inspect", "topics", "--internal"]).len(), 1, "the source is only read");
+    // Four events of four a second, slowly at first: the fourth goes half a second later than without.
+    let slow = ["run", "orders", "--to-context", "copy", "--to", "slow", "--confirm", "copy", "--execute"];
+    let started = std::time::Instant::now();
+    let (code, _, stderr) = on(&[&slow[..], &["--rate", "4/s", "--ramp", "1s"]].concat());
+    assert!(code == 0 && started.elapsed() >= std::time::Duration::from_millis(1_500), "{stderr}");
+}
+
 #[test]
 fn several_files_are_input() {
     let shell = Shell::new();

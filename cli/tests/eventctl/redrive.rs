@@ -92,6 +92,23 @@ async fn a_redriven_letter_goes_only_to_the_handler_that_failed() {
         .await;
     assert_eq!((world.billed.load(Ordering::SeqCst), world.mailed.load(Ordering::SeqCst)), (3, 3));
     assert_eq!(ctl(&["dlq", "list"]), "", "redriven letters are settled");
+    // A range of the topic for one handler: the copies are in the topic, and nobody else takes them.
+    ctl(&[
+        "replay",
+        "run",
+        "paid",
+        "--range",
+        "0:end",
+        "--max",
+        "10",
+        "--to-handler",
+        "billing/bill",
+        "--execute",
+    ]);
+    until("the events again", async || world.billed.load(Ordering::SeqCst) == 9).await;
+    until("no lag", async || admin.groups(Some(&topic)).await.unwrap().iter().all(|group| group.lag == 0))
+        .await;
+    assert_eq!(world.mailed.load(Ordering::SeqCst), 3);
     billing.stop().await.unwrap();
     mailing.stop().await.unwrap();
 }
