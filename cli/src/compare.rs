@@ -33,6 +33,7 @@ use crate::store::Store;
 #[command(verbatim_doc_comment)]
 pub(crate) struct Audit {
     /// The topic.
+    #[arg(add = crate::complete::topics())]
     topic: Topic,
     #[command(flatten)]
     store: Store,

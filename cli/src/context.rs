@@ -8,6 +8,7 @@ use clap::{Args, Subcommand};
 use eventbus::Bus;
 use serde::{Deserialize, Serialize};
 
+use crate::complete;
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
 use crate::secret::Secret;
@@ -56,6 +57,11 @@ impl Context {
     /// As [`address`](Self::address).
     pub(crate) fn outbox_address(&self) -> Outcome<Option<String>> {
         self.outbox.as_deref().map(|url| self.whole(url, self.outbox_password.as_ref())).transpose()
+    }
+
+    /// Whether a password of it comes from a program.
+    pub(crate) fn runs_a_program(&self) -> bool {
+        [&self.password, &self.outbox_password].into_iter().flatten().any(Secret::runs_a_program)
     }
 
     fn whole(&self, url: &str, password: Option<&Secret>) -> Outcome<String> {
@@ -266,7 +272,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Use {
         /// Its name; - is the one that was in use before.
-        #[arg(allow_hyphen_values = true)]
+        #[arg(allow_hyphen_values = true, add = complete::contexts())]
         name: String,
     },
     /// Shows one: the one in use, if none is named.
@@ -276,6 +282,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Show {
         /// Its name.
+        #[arg(add = complete::contexts())]
         name: Option<String>,
     },
     /// Connects, and says how long that took. Exit code 6 if it fails.
@@ -285,6 +292,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Test {
         /// Its name; the one in use, if none is given.
+        #[arg(add = complete::contexts())]
         name: Option<String>,
     },
     /// Adds one that is like another.
@@ -294,6 +302,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Copy {
         /// The name of the one that is there.
+        #[arg(add = complete::contexts())]
         from: String,
         /// The name of the new one.
         to: String,
@@ -317,6 +326,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Rm {
         /// Its name.
+        #[arg(add = complete::contexts())]
         name: String,
     },
 }
@@ -425,12 +435,7 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
         }
         Some(What::Copy { from, to }) => {
             let (_, mut context) = Config::load(given)?.find(Some(from))?;
-            if context.is_of_project
-                && [&context.password, &context.outbox_password]
-                    .into_iter()
-                    .flatten()
-                    .any(Secret::runs_a_program)
-            {
+            if context.is_of_project && context.runs_a_program() {
                 return Err(Failure::Refused(format!(
                     "{from} is of ./eventctl.toml and would run a program: add yours by hand"
                 )));

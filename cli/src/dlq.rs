@@ -8,6 +8,7 @@ use eventbus::admin::Record;
 use eventbus::{Envelope, Topic};
 use serde_json::json;
 
+use crate::complete;
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::held::{self, Held, Sequence};
@@ -60,7 +61,7 @@ enum What {
         #[arg(long, value_enum)]
         group_by: Option<By>,
         /// Only letters of this topic.
-        #[arg(long, value_name = "TOPIC")]
+        #[arg(long, value_name = "TOPIC", add = complete::topics())]
         dest: Option<Topic>,
         /// Only letters that are younger, such as 1h.
         #[arg(long, value_name = "TIME", value_parser = crate::range::duration)]
@@ -94,7 +95,7 @@ enum What {
         #[arg(long = "reason", alias = "group", value_name = "REASON")]
         reason: Option<String>,
         /// Only letters of this topic.
-        #[arg(long, value_name = "TOPIC")]
+        #[arg(long, value_name = "TOPIC", add = complete::topics())]
         dest: Option<Topic>,
         #[command(flatten)]
         filter: Filter,
@@ -135,7 +136,7 @@ enum What {
         #[command(flatten)]
         sequence: Sequence,
         /// Only letters of this topic.
-        #[arg(long, value_name = "TOPIC")]
+        #[arg(long, value_name = "TOPIC", add = complete::topics())]
         dest: Option<Topic>,
         /// Why, for the audit.
         #[arg(long, value_name = "TEXT")]
@@ -244,7 +245,7 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
         }
         What::Show { reference } => {
             let (topic, record) = record_at(session, reference).await?;
-            let json = record::to_json(&session.broker, &topic, &record, None);
+            let json = record::to_json(&session.broker, &topic, &record);
             out.document(&json)?;
             say!("next: eventctl dlq redrive {reference} --execute");
             Ok(())

@@ -1,15 +1,18 @@
 //! `doctor`: is this bus fit to be trusted?
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use eventbus::admin::{GroupInfo, TopicInfo};
 use eventbus::fitness::{Probe, Verdict};
 use eventbus::{Envelope, Group, Polled, Settle, Subscription, Topic};
+use serde_json::{Map, Value, json};
 
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
-use crate::out::row;
+use crate::out::{row, say};
 use crate::store::Store;
 
 /// How long the canary may take.
@@ -22,6 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Examples:
 ///   eventctl -c sqlite://shop.db doctor -o table
 ///   eventctl -c sqlite://shop.db doctor --fix-hints
+///   eventctl -c sqlite://shop.db doctor --bundle doctor.json
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Doctor {
@@ -30,6 +34,9 @@ pub(crate) struct Doctor {
     /// Says what to do about each finding.
     #[arg(long)]
     fix_hints: bool,
+    /// Writes into a file what somebody who helps has to know: checks, capabilities, topics, groups. No bodies, no secrets.
+    #[arg(long, value_name = "FILE")]
+    bundle: Option<PathBuf>,
 }
 
 /// Runs the checks; each is a row.
@@ -40,6 +47,7 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
     let mut probes = Vec::new();
     let admin = session.admin()?;
     let topics = admin.topics().await;
+    let mut bundle = Bundle::default();
     probes.push(match &topics {
         Ok(topics) => Probe::good("read", format_args!("{} topics", topics.len())),
         Err(error) => Probe::good("read", error).or_bad(false, "look at the detail, then again with -v"),
@@ -51,8 +59,8 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
             probes.push(probe.or_bad(false, "let this user read the settings of the broker"));
         }
     }
+    let topics = topics.unwrap_or_default();
     let letters: u64 = topics
-        .unwrap_or_default()
         .iter()
         .filter(|info| info.topic.as_str().ends_with(".dlq"))
         .flat_map(|info| &info.partitions)
@@ -61,6 +69,9 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
     // They wait for an operator: that is not what a broker is unfit by.
     probes.push(waits(Probe::good("dead letters", letters), letters, "eventctl dlq list --group-by reason"));
     let groups = admin.groups(None).await?;
+    if doctor.bundle.is_some() {
+        bundle = Bundle::of(&topics, &groups);
+    }
     let lag: u64 =
         groups.iter().filter(|group| !crate::inspect::is_internal(&group.topic)).map(|group| group.lag).sum();
     probes.push(waits(
@@ -102,9 +113,60 @@ pub(crate) async fn run(session: &Session, doctor: &Doctor, out: &mut Out) -> Ou
         }
         row
     });
-    let rows = rows.collect();
+    let rows: Vec<_> = rows.collect();
+    if let Some(path) = &doctor.bundle {
+        bundle.write(session, &rows, path)?;
+        say!("{} holds what was found: read it before you give it away", path.display());
+    }
     out.rows(rows)?;
     if failed.is_empty() { Ok(()) } else { Err(Failure::Check(format!("failed: {}", failed.join(", ")))) }
+}
+
+/// What is known of a bus, for somebody else.
+#[derive(Default)]
+struct Bundle {
+    topics: Vec<Value>,
+    groups: Vec<Value>,
+}
+
+impl Bundle {
+    fn of(topics: &[TopicInfo], groups: &[GroupInfo]) -> Self {
+        let parts = |info: &TopicInfo| -> Vec<Value> {
+            let parts = info.partitions.iter();
+            parts
+                .map(|part| json!({"first": part.first.0, "next": part.next.0, "kept": part.n_kept}))
+                .collect()
+        };
+        let topic = |info: &TopicInfo| json!({"topic": info.topic.as_str(), "partitions": parts(info)});
+        let group = |info: &GroupInfo| {
+            json!({"group": info.group.as_str(), "topic": info.topic.as_str(), "partition": info.partition.0,
+            "settled": info.settled.0, "end": info.end.0, "lag": info.lag, "is_owned": info.owner.is_some()})
+        };
+        Self { topics: topics.iter().map(topic).collect(), groups: groups.iter().map(group).collect() }
+    }
+
+    fn write(self, session: &Session, checks: &[Map<String, Value>], path: &Path) -> Outcome {
+        let claims = session.bus.transport().capabilities().rows().into_iter();
+        let claims: Map<String, Value> =
+            claims.map(|(axis, claim)| (axis.to_owned(), claim.to_string().into())).collect();
+        let whole = json!({
+            "schema": "eventctl.doctor-bundle/1",
+            "eventctl": env!("CARGO_PKG_VERSION"),
+            "system": format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
+            "at": eventbus::time::to_rfc3339(std::time::SystemTime::now()),
+            // Neither who connects, nor with which options.
+            "bus": session.place(),
+            "protected": session.context.protected,
+            "read_only": session.context.read_only,
+            "checks": checks,
+            "capabilities": claims,
+            "topics": self.topics,
+            "groups": self.groups,
+        });
+        let text =
+            serde_json::to_string_pretty(&whole).map_err(|error| Failure::Runtime(error.to_string()))?;
+        Ok(std::fs::write(path, text + "\n")?)
+    }
 }
 
 /// Says how to look at what waits, if anything does.

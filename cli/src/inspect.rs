@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand, ValueEnum};
-use eventbus::admin::GroupInfo;
+use eventbus::admin::{Admin, GroupInfo, TopicInfo};
 use eventbus::{Group, Offset, PartitionId, Topic};
 
 use crate::chain;
+use crate::complete;
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::listing::Listing;
@@ -41,6 +42,9 @@ enum What {
         /// With the framework's own: parking logs, inboxes, notes of tools.
         #[arg(long)]
         internal: bool,
+        /// Only topics in which nothing was stored for so long, such as 1h; one without events is among them.
+        #[arg(long, value_name = "TIME", value_parser = range::duration)]
+        idle: Option<Duration>,
         #[command(flatten)]
         listing: Listing,
     },
@@ -51,6 +55,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Topic {
         /// Its name.
+        #[arg(add = complete::topics())]
         topic: Topic,
     },
     /// All groups, by topic.
@@ -70,10 +75,15 @@ enum What {
     ///
     /// Examples:
     ///   eventctl -c sqlite://shop.db inspect group billing
+    ///   eventctl -c sqlite://shop.db inspect group billing --peek 3
     #[command(verbatim_doc_comment)]
     Group {
         /// Its name.
+        #[arg(add = complete::groups())]
         group: Group,
+        /// Instead so many records before and after each of its positions.
+        #[arg(long, value_name = "N")]
+        peek: Option<u64>,
     },
     /// How far groups are behind; exit code 7 on a breach.
     ///
@@ -83,6 +93,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Lag {
         /// Only this group.
+        #[arg(add = complete::groups())]
         group: Option<Group>,
         /// A lag above is a warning.
         #[arg(long, value_name = "N")]
@@ -181,11 +192,14 @@ fn by_topic(groups: Vec<GroupInfo>) -> BTreeMap<(String, String), (u64, usize, u
 pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> Outcome {
     let admin = session.admin()?;
     match &inspect.what {
-        What::Topics { internal, listing } => {
+        What::Topics { internal, idle, listing } => {
             let rows = async || {
-                let shown =
-                    admin.topics().await?.into_iter().filter(|info| *internal || !is_internal(&info.topic));
-                let rows = shown.map(|info| {
+                let mut shown = admin.topics().await?;
+                shown.retain(|info| *internal || !is_internal(&info.topic));
+                if let Some(since) = idle.and_then(|idle| SystemTime::now().checked_sub(idle)) {
+                    shown = idle_since(admin, shown, since).await?;
+                }
+                let rows = shown.into_iter().map(|info| {
                     let kept: u64 = info.partitions.iter().map(|part| part.n_kept).sum();
                     row! {"topic": info.topic.as_str(), "partitions": info.partitions.len(), "kept": kept}
                 });
@@ -215,11 +229,17 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
             };
             listing.show(out, "group", rows).await
         }
-        What::Group { group } => {
+        What::Group { group, peek } => {
             let found: Vec<_> =
                 admin.groups(None).await?.into_iter().filter(|info| info.group == *group).collect();
             if found.is_empty() {
                 return Err(Failure::NotFound(format!("there is no group {group}")));
+            }
+            if let Some(n) = peek {
+                for info in found {
+                    around(session, &info.topic, info.partition, info.settled, *n..*n, out).await?;
+                }
+                return out.end();
             }
             let rows = found.into_iter().map(|info| {
                 row! {"group": info.group.as_str(), "topic": info.topic.as_str(), "partition": info.partition.0,
@@ -246,27 +266,51 @@ pub(crate) async fn run(session: &Session, inspect: &Inspect, out: &mut Out) -> 
         }
         What::Message { reference, context_window: Some(n), .. } => {
             let (topic, record) = record_at(session, reference).await?;
-            let from = Offset(record.offset.0.saturating_sub(*n));
-            let first = admin.topic(&topic).await?.and_then(|info| {
-                info.partitions
-                    .iter()
-                    .find(|known| known.partition == record.partition)
-                    .map(|known| known.first)
-            });
-            let from = from.max(first.unwrap_or_default());
-            let max = (record.offset.0 - from.0 + n + 1) as usize;
-            let around = admin.read(&topic, record.partition, from, max).await?;
-            around
-                .iter()
-                .try_for_each(|record| out.record(record::to_json(&session.broker, &topic, record, None)))?;
+            around(session, &topic, record.partition, record.offset, *n..n + 1, out).await?;
             out.end()
         }
         What::Message { reference, .. } => {
             let (topic, record) = record_at(session, reference).await?;
-            let json = record::to_json(&session.broker, &topic, &record, None);
+            let json = record::to_json(&session.broker, &topic, &record);
             out.document(&json)
         }
     }
+}
+
+/// Writes the records around a place: so many below it, and so many from it on.
+async fn around(
+    session: &Session,
+    topic: &Topic,
+    partition: PartitionId,
+    at: Offset,
+    n: std::ops::Range<u64>,
+    out: &mut Out,
+) -> Outcome {
+    let admin = session.admin()?;
+    let parts = admin.topic(topic).await?.map(|info| info.partitions).unwrap_or_default();
+    let first = parts.iter().find(|known| known.partition == partition).map(|known| known.first);
+    let from = Offset(at.0.saturating_sub(n.start)).max(first.unwrap_or_default());
+    let end = at.0.saturating_add(n.end);
+    let max = usize::try_from(end.saturating_sub(from.0)).unwrap_or(usize::MAX);
+    let read = admin.read(topic, partition, from, max).await?;
+    // Places may have gaps, and what is read goes beyond them.
+    let wanted = read.iter().filter(|record| record.offset.0 < end);
+    wanted.into_iter().try_for_each(|record| out.record(record::to_json(&session.broker, topic, record)))
+}
+
+/// The topics in which nothing was stored since a time.
+async fn idle_since(admin: &dyn Admin, topics: Vec<TopicInfo>, time: SystemTime) -> Outcome<Vec<TopicInfo>> {
+    let mut idle = Vec::new();
+    for info in topics {
+        let mut is_idle = true;
+        for part in info.partitions.iter().filter(|part| part.n_kept > 0) {
+            is_idle &= admin.offset_at(&info.topic, part.partition, time).await? >= part.next;
+        }
+        if is_idle {
+            idle.push(info);
+        }
+    }
+    Ok(idle)
 }
 
 /// Topics that are the framework's own: parking logs, inboxes, what tools note.

@@ -3,7 +3,9 @@
 mod audit;
 mod chain;
 mod compare;
+mod complete;
 mod context;
+mod decode;
 mod dlq;
 mod doctor;
 mod exit;
@@ -63,7 +65,8 @@ struct Cli {
         global = true,
         env = "EVENTCTL_CONTEXT",
         value_name = "NAME|URL",
-        hide_env_values = true
+        hide_env_values = true,
+        add = complete::contexts()
     )]
     context: Option<String>,
     /// The form of results.
@@ -131,7 +134,7 @@ enum Command {
     Audit(compare::Audit),
     Doctor(doctor::Doctor),
     Context(context::ContextCommand),
-    /// Writes a completion script.
+    /// Writes a completion script: commands, flags, and the names of contexts, topics and groups.
     ///
     /// Examples:
     ///   eventctl completions bash > ~/.local/share/bash-completion/completions/eventctl
@@ -150,6 +153,7 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    complete::answer();
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     if cli.verbose > 0 {
@@ -232,9 +236,7 @@ async fn run(cli: &Cli) -> Outcome {
             };
         }
         Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Cli::command(), "eventctl", &mut script);
-            return out.line(String::from_utf8_lossy(&script));
+            return out.line(complete::script(*shell)?);
         }
         _ => {}
     }

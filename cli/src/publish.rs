@@ -52,6 +52,7 @@ pub(crate) enum OnError {
 #[command(verbatim_doc_comment)]
 pub(crate) struct Publish {
     /// The topic.
+    #[arg(add = crate::complete::topics())]
     pub dest: Topic,
     /// The body; - reads standard input.
     pub body: Option<String>,

@@ -11,6 +11,7 @@ use eventbus::time::{from_rfc3339, to_rfc3339};
 use eventbus::{Content, Envelope, EventId, Headers, Key, Topic};
 use serde_json::{Value, json};
 
+use crate::decode::{self, Decode, Shown};
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
 
@@ -21,14 +22,16 @@ const KNOWN: [&str; 8] =
 /// Bodies that are nested deeper are shown as text.
 const MAX_DEPTH: usize = 64;
 
-fn coded(bytes: &[u8]) -> (String, &'static str) {
+/// Bytes as text, and how they were made text.
+pub(crate) fn coded(bytes: &[u8]) -> (String, &'static str) {
     match std::str::from_utf8(bytes) {
         Ok(text) => (text.to_owned(), "utf8"),
         Err(_) => (BASE64.encode(bytes), "base64"),
     }
 }
 
-fn body(bytes: &[u8]) -> Value {
+/// A body as the value of a record.
+pub(crate) fn body(bytes: &[u8]) -> Value {
     // Shown as JSON only where writing it again gives the same bytes, and where a reader that bounds the depth
     // of nesting, as most do, can still read the record around it.
     if let Ok(value) = serde_json::from_slice::<Value>(bytes)
@@ -58,6 +61,9 @@ fn uncoded(enc: Option<&str>, data: &Value) -> Outcome<Vec<u8>> {
         (Some("base64"), Value::String(text)) => {
             BASE64.decode(text).map_err(|error| bad(&format!("base64: {error}")))
         }
+        (Some("hex"), Value::String(text)) => {
+            decode::from_hex(text).ok_or_else(|| bad("hex: two digits a byte"))
+        }
         (enc, _) => Err(bad(&format!("data does not fit the encoding {}", enc.unwrap_or("utf8")))),
     }
 }
@@ -82,7 +88,7 @@ pub(crate) fn bytes(record: &Record) -> Bytes {
 /// # Errors
 /// The filter fails, or what it makes is no record.
 pub(crate) fn edited(broker: &str, topic: &Topic, record: &Record, edit: &Jq) -> Outcome<Envelope> {
-    from_json(&edit.one(&to_json(broker, topic, record, None))?)
+    from_json(&edit.one(&to_json(broker, topic, record))?)
 }
 
 /// How often an event was replayed or redriven.
@@ -128,8 +134,19 @@ fn headers(envelope: &Envelope) -> Vec<(String, Vec<u8>, bool)> {
     headers
 }
 
-/// Writes a record. `max_bytes` cuts the body; `None` keeps it whole.
-pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: Option<usize>) -> Value {
+/// Writes a record, with its body whole and as it is.
+pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record) -> Value {
+    shown(broker, topic, record, &Decode::default(), usize::MAX)
+}
+
+/// Writes a record as it is shown: its body decoded, and cut.
+pub(crate) fn shown(
+    broker: &str,
+    topic: &Topic,
+    record: &Record,
+    decode: &Decode,
+    max_bytes: usize,
+) -> Value {
     let (found, payload, key, decode_error) = match &record.content {
         Content::Envelope(envelope) => {
             (headers(envelope), envelope.payload().cloned(), envelope.key().cloned(), Value::Null)
@@ -142,8 +159,8 @@ pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: O
         _ => (Vec::new(), None, None, Value::String("content of a newer kind".into())),
     };
     let size = payload.as_ref().map_or(0, Bytes::len);
-    let shown = payload.as_ref().map(|payload| payload.slice(..size.min(max_bytes.unwrap_or(usize::MAX))));
-    let truncated = shown.as_ref().is_some_and(|shown| shown.len() < size);
+    let shown = payload.as_ref().map(|payload| decode.show(payload, max_bytes));
+    let why = shown.as_ref().and_then(|shown| shown.error.clone());
     let ce: serde_json::Map<String, Value> = found
         .iter()
         .filter(|(.., of_user)| !of_user)
@@ -172,11 +189,11 @@ pub(crate) fn to_json(broker: &str, topic: &Topic, record: &Record, max_bytes: O
         "ts": to_rfc3339(record.stored_at),
         "key": key.map(|key| { let (data, enc) = coded(key.as_bytes()); json!({"enc": enc, "data": data}) }),
         "headers": listed,
-        "value": shown.map(|shown| body(&shown)),
+        "value": shown.as_ref().map(Shown::value),
         "size": size,
-        "truncated": truncated,
+        "truncated": shown.is_some_and(|shown| shown.is_cut),
         "ce": ce,
-        "decode_error": decode_error,
+        "decode_error": why.map_or(decode_error, Value::String),
     })
 }
 
@@ -281,7 +298,7 @@ mod tests {
         for event in [full, spaced, binary, absent, empty, deep] {
             let record =
                 Record::new(PartitionId(1), Offset(2), SystemTime::now(), Content::Envelope(event.clone()));
-            let text = to_json("sqlite", &topic, &record, None).to_string();
+            let text = to_json("sqlite", &topic, &record).to_string();
             let back = from_json(&serde_json::from_str(&text).unwrap()).unwrap();
             assert!(back == event, "{text}");
         }
@@ -291,7 +308,7 @@ mod tests {
     fn a_cut_record_is_not_published() {
         let event = Envelope::new("t", "/s").with_payload("0123456789");
         let record = Record::new(PartitionId(0), Offset(0), SystemTime::now(), Content::Envelope(event));
-        let cut = to_json("memory", &Topic::new("t").unwrap(), &record, Some(4));
+        let cut = shown("memory", &Topic::new("t").unwrap(), &record, &Decode::default(), 4);
         assert_eq!((cut["size"].as_u64(), &cut["truncated"]), (Some(10), &Value::Bool(true)));
         assert!(from_json(&cut).is_err());
     }

@@ -19,7 +19,7 @@ use crate::progress::{Progress, Style};
 use crate::publish::OnError;
 use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
-use crate::{audit, record};
+use crate::{audit, complete, record};
 
 /// Publishes a range of a topic into another topic. No group moves.
 ///
@@ -132,12 +132,13 @@ fn strip(text: &str) -> Result<Strip, String> {
 #[derive(Debug, Args)]
 struct Flags {
     /// The topic to read, or the file of a plan.
+    #[arg(add = complete::topics())]
     source: Option<String>,
     /// The topic to publish to: that which is read, where --to-handler or --to-context is given and this is not.
-    #[arg(long, value_name = "TOPIC")]
+    #[arg(long, value_name = "TOPIC", add = complete::topics())]
     to: Option<Topic>,
     /// Publishes on another bus. What is noted of the replay is noted there.
-    #[arg(long, value_name = "NAME|URL")]
+    #[arg(long, value_name = "NAME|URL", add = complete::contexts())]
     to_context: Option<String>,
     /// Only for this group, or one handler of it. Where it remembers what it handled, --ids new has it handle them again.
     #[arg(long, value_name = "GROUP[/HANDLER]", value_parser = handler)]

@@ -5,6 +5,7 @@ use eventbus::Topic;
 use eventbus::admin::Record;
 
 use crate::context::Session;
+use crate::decode::Decode;
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
 use crate::out::{Out, say};
@@ -19,12 +20,13 @@ use crate::time::Time;
 ///   eventctl -c sqlite://shop.db tail orders -n 5
 ///   eventctl -c sqlite://shop.db tail orders -f --type shop.order.paid
 ///   eventctl -c sqlite://shop.db tail orders --range @-1h:end -o jsonl --full
+///   eventctl -c sqlite://shop.db tail orders -f --decode-with 'protoc --decode shop.Order order.proto'
 ///   eventctl -c sqlite://shop.db tail orders payments --where '.value.data.amount > 100' --select .key.data
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct Tail {
     /// The topics; records of several are merged by the time they were stored.
-    #[arg(required = true, value_name = "DEST")]
+    #[arg(required = true, value_name = "DEST", add = crate::complete::topics())]
     pub dest: Vec<Topic>,
     /// The last records, when no range is given.
     #[arg(short, default_value_t = 10, value_name = "N")]
@@ -63,9 +65,18 @@ pub(crate) struct Tail {
     /// Writes no bodies.
     #[arg(long)]
     pub meta_only: bool,
+    #[command(flatten)]
+    pub decode: Decode,
     /// Cuts bodies at so many bytes.
     #[arg(long, default_value_t = 4096, value_name = "BYTES")]
     pub max_bytes: usize,
+}
+
+impl Tail {
+    /// Bytes of a body that are shown.
+    fn most(&self) -> usize {
+        if self.full { usize::MAX } else { self.max_bytes }
+    }
 }
 
 /// Runs the command.
@@ -157,9 +168,9 @@ fn one_of(text: &str) -> Result<u64, String> {
 }
 
 /// Fills a template; what it does not know stays as it is.
-fn fill(template: &str, time: Time, topic: &Topic, record: &Record) -> String {
+fn fill(template: &str, tail: &Tail, time: Time, topic: &Topic, record: &Record) -> String {
     let event = event(record);
-    let body = event.and_then(|event| event.payload()).map(|body| String::from_utf8_lossy(body).into_owned());
+    let body = event.and_then(|event| event.payload()).map(|body| tail.decode.show(body, usize::MAX).text());
     let text = |found: Option<String>| found.unwrap_or_else(|| "-".into());
     [
         ("{ts}", time.show(record.stored_at)),
@@ -205,13 +216,13 @@ impl Writer<'_> {
             save(folder, topic, record)?;
         }
         if let Some(template) = &tail.format {
-            return self.out.line(fill(template, self.time, topic, record));
+            return self.out.line(fill(template, tail, self.time, topic, record));
         }
         if self.out.format() == crate::out::Format::None {
             return Ok(());
         }
         if let Some(select) = &self.select {
-            let whole = record::to_json(&self.session.broker, topic, record, None);
+            let whole = record::shown(&self.session.broker, topic, record, &tail.decode, usize::MAX);
             let place = || record::reference(topic, record);
             let made = self.unfit.or_default(select.all(&whole), place)?;
             return made.into_iter().try_for_each(|value| self.out.line(value));
@@ -219,8 +230,7 @@ impl Writer<'_> {
         if self.out.format().is_for_people() {
             return self.out.line(for_people(tail, self.time, topic, record));
         }
-        let max_bytes = if tail.full { None } else { Some(tail.max_bytes) };
-        let mut json = record::to_json(&self.session.broker, topic, record, max_bytes);
+        let mut json = record::shown(&self.session.broker, topic, record, &tail.decode, tail.most());
         if tail.meta_only
             && let Some(object) = json.as_object_mut()
         {
@@ -239,9 +249,9 @@ fn for_people(tail: &Tail, time: Time, topic: &Topic, record: &Record) -> String
         None => "(absent)".into(),
         Some(_) if tail.meta_only => String::new(),
         Some(body) => {
-            let shown = if tail.full { body.len() } else { body.len().min(tail.max_bytes) };
-            let text = String::from_utf8_lossy(body.get(..shown).unwrap_or_default()).into_owned();
-            if shown < body.len() { format!("{text}… ({} B, --full shows all)", body.len()) } else { text }
+            let shown = tail.decode.show(body, tail.most());
+            let text = shown.text();
+            if shown.is_cut { format!("{text}… ({} B, --full shows all)", body.len()) } else { text }
         }
     };
     format!("{time}  {place}  {key}  {}  {body}", event.event_type())

@@ -8,6 +8,7 @@ use eventbus::{Topic, TopicSpec};
 use serde_json::json;
 
 use crate::audit;
+use crate::complete;
 use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::say;
@@ -34,6 +35,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Create {
         /// Its name.
+        #[arg(add = complete::topics())]
         topic: Topic,
         /// How many partitions it has.
         #[arg(long, default_value_t = TopicSpec::PARTITIONS)]
@@ -55,6 +57,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Delete {
         /// Its name.
+        #[arg(add = complete::topics())]
         topic: Topic,
         /// Does it; without, only says what would be done.
         #[arg(long)]
@@ -67,6 +70,7 @@ enum What {
     #[command(verbatim_doc_comment)]
     Purge {
         /// Its name.
+        #[arg(add = complete::topics())]
         topic: Topic,
         /// Everything below: N, @TIME, end.
         #[arg(long, value_name = "BOUND", default_value = "end", allow_hyphen_values = true)]

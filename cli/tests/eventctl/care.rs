@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use crate::shell::Shell;
+use crate::shell::{Shell, text};
 
 #[test]
 fn what_destroys_needs_the_name() {
@@ -196,4 +196,84 @@ fn records_take_other_forms() {
     assert!(yaml.contains("topic: \"t\"\n"), "{yaml}");
     let csv = shell.ok(&["tail", "t", "--from", "start", "-o", "csv", "--meta-only"]);
     assert_eq!(csv.lines().count(), 3, "a header and two rows: {csv}");
+}
+
+/// What is idle, what is around a group's positions, and what somebody who helps is given.
+#[tokio::test]
+async fn a_bus_is_looked_at_closely() {
+    let shell = Shell::new();
+    for n in 0..6 {
+        shell.ok(&["publish", "t", &format!("{n}"), "-k", "k"]);
+    }
+    shell.ok(&["topic", "create", "unused"]);
+    let idle = |time: &str| shell.lines(&["inspect", "topics", "--idle", time]);
+    assert_eq!((idle("1h").len(), idle("1h")[0]["topic"].as_str()), (1, Some("unused")));
+    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    assert_eq!(idle("10ms").len(), 2);
+    // A group that handled four of them.
+    let bus = eventbus::connect(&shell.url("a")).await.unwrap();
+    let topic = eventbus::Topic::new("t").unwrap();
+    let group = eventbus::Subscription::group(topic, eventbus::Group::new("billing").unwrap())
+        .with_start(eventbus::Start::Earliest);
+    let consumer = bus.transport().subscribe(&group).await.unwrap();
+    let mut handled = 0;
+    while handled < 4 {
+        let most = std::num::NonZeroUsize::new(4 - handled).unwrap();
+        if let eventbus::Polled::Deliveries(found) = consumer.poll(most).await.unwrap() {
+            let acks: Vec<_> = found.iter().map(|one| (one.token, eventbus::Settle::Ack)).collect();
+            consumer.settle(&acks).await.unwrap().all().unwrap();
+            handled += found.len();
+        }
+    }
+    bus.close().await.unwrap();
+    let peeked = shell.lines(&["inspect", "group", "billing", "--peek", "1"]);
+    let bodies: Vec<_> = peeked.iter().map(|record| record["value"]["data"].clone()).collect();
+    assert_eq!(bodies, [3, 4].map(serde_json::Value::from));
+    assert_eq!(shell.lines(&["inspect", "group", "billing", "--peek", "10"]).len(), 6);
+    // The bundle names what there is, and no bodies.
+    shell.told(&["doctor", "--bundle", "doctor.json"]);
+    let bundle = std::fs::read_to_string(shell.folder().join("doctor.json")).unwrap();
+    let bundle: serde_json::Value = serde_json::from_str(&bundle).unwrap();
+    assert_eq!(bundle["groups"][0]["group"], "billing");
+    assert!(
+        bundle["checks"].as_array().unwrap().len() > 3 && bundle["capabilities"]["replay"].is_string(),
+        "{bundle}"
+    );
+    let partitions = bundle["topics"].as_array().unwrap().iter().find(|topic| topic["topic"] == "t").unwrap();
+    let kept = partitions["partitions"].as_array().unwrap().iter().map(|part| part["kept"].as_u64().unwrap());
+    assert_eq!(kept.sum::<u64>(), 6);
+}
+
+/// A shell completes names of contexts, topics and groups; a line that is being typed runs no program and shows no errors.
+#[test]
+fn names_are_completed() {
+    let shell = Shell::new();
+    let url = shell.url("a");
+    shell.ok(&["publish", "orders", "{}"]);
+    shell.ok(&["publish", "payments", "{}"]);
+    shell.ok(&["context", "add", "shop", &url, "--use"]);
+    let completed = |words: &[&str]| {
+        let mut line = vec!["--", "eventctl"];
+        line.extend(words);
+        let index = (line.len() - 2).to_string();
+        let mut command = shell.command(&line);
+        let told = command.env("COMPLETE", "bash").env("_CLAP_COMPLETE_INDEX", &index).env("_CLAP_IFS", "\n");
+        let told = told.output().unwrap();
+        assert!(told.status.success() && told.stderr.is_empty(), "{words:?}: {}", text(&told.stderr));
+        text(&told.stdout).lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(completed(&["tail", "or"]), ["orders"]);
+    assert_eq!(completed(&["-c", &url, "replay", "plan", "pay"]), ["payments"]);
+    assert_eq!(completed(&["context", "use", "s"]), ["shop"]);
+    assert_eq!(completed(&["-c", "sh"]), ["shop"]);
+    assert!(completed(&["inspect", "lag", "x"]).is_empty());
+    assert!(completed(&["-c", "sqlite:///nowhere/x.db", "tail", "o"]).is_empty());
+    assert!(!shell.folder().join("x.db").exists());
+    let run = shell.folder().join("run");
+    let command = format!("cmd:touch {}", run.display());
+    shell.ok(&["context", "add", "prod", "postgres://me@127.0.0.1:1/x", "--password", &command]);
+    assert!(completed(&["-c", "prod", "tail", "o"]).is_empty() && !run.exists());
+    for name in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(shell.ok(&["completions", name]).contains("eventctl"), "{name}");
+    }
 }

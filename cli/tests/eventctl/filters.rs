@@ -252,6 +252,43 @@ fn a_replay_leaves_out_what_it_is_told_to() {
     assert_eq!(shell.code(&["replay", "run", "orders", "--to", "x", "--headers", "some"]).0, 2);
 }
 
+/// Bodies are shown as bytes, as text, or as what a program makes of them; what fails is in the record.
+#[test]
+fn bodies_are_decoded_as_asked_for() {
+    let shell = Shell::new();
+    shell.ok(&["publish", "t", "{\"n\":1}", "-k", "k"]);
+    shell.ok(&["publish", "t", "no json", "-k", "k"]);
+    let values = |flags: &[&str]| -> Vec<serde_json::Value> {
+        shell.lines(&[&["tail", "t", "--select", "[.value.enc, .value.data, .decode_error]"], flags].concat())
+    };
+    assert_eq!(values(&["--decode", "raw"])[0], serde_json::json!(["utf8", "{\"n\":1}", null]));
+    let json = values(&["--decode", "json"]);
+    assert!(json[0][2].is_null() && json[1][2].as_str().unwrap().contains("not JSON"), "{json:?}");
+    let hex = values(&["--decode", "hex"]);
+    assert_eq!(hex[1], serde_json::json!(["hex", "6e6f206a736f6e", null]));
+    let upper = values(&["--decode-with", "tr a-z A-Z"]);
+    assert_eq!((&upper[0][1]["N"], &upper[1][1]), (&1.into(), &"NO JSON".into()));
+    let failed = values(&["--decode-with", "echo broken >&2; exit 3"]);
+    assert!(failed.iter().all(|of| of[2].as_str().unwrap().contains("broken")), "{failed:?}");
+    assert_eq!(failed[1][1], "no json", "what cannot be decoded is shown as it is");
+    assert_eq!(
+        shell.ok(&["tail", "t", "--decode", "hex", "--format", "{value}"]).lines().nth(1),
+        Some("6e6f206a736f6e")
+    );
+    // What is longer than a pipe holds goes through one; a program need not read all of it.
+    let long = "x".repeat(300_000);
+    assert!(shell.run_with(&["publish", "long", "-"], &long).status.success());
+    let sized = ["tail", "long", "--full", "--select", ".value.data", "--decode-with"];
+    assert_eq!(shell.lines(&[&sized[..], &["cat"]].concat())[0].as_str().map(str::len), Some(300_000));
+    assert_eq!(shell.lines(&[&sized[..], &["head -c 3"]].concat())[0], "xxx");
+    // Bytes as digits are still a record.
+    let records = shell.ok(&["tail", "t", "--full", "--decode", "hex"]);
+    let copied = shell.run_with(&["publish", "copy", "-", "--input", "envelope"], &records);
+    assert!(copied.status.success());
+    let bodies = shell.ok(&["tail", "copy", "--format", "{value}"]);
+    assert_eq!(bodies.lines().collect::<Vec<_>>(), ["{\"n\":1}", "no json"]);
+}
+
 /// Events go to another bus, where the replay is noted too; the one they come from is only read.
 #[test]
 fn a_replay_goes_to_another_bus() {
