@@ -120,11 +120,12 @@ async fn postgres(url: &str, topic: &Topic, content: Undecodable) -> Result<()> 
     let failed = |error: sqlx::Error| Error::new(ErrorKind::Unexpected, "raw insert").caused_by(error);
     let place = url.split('?').next().unwrap_or_default();
     let pool = sqlx::PgPool::connect(place).await.map_err(failed)?;
-    let sql = r#"WITH moved AS (
-          UPDATE eventbus_partition p SET next = next + 1 FROM eventbus_topic t
-          WHERE t.name = $1 AND p.topic = t.id AND p.partition = 0 RETURNING p.topic, p.next - 1 AS "offset")
+    let sql = r#"WITH locked AS MATERIALIZED (
+          SELECT p.topic, p.first FROM eventbus_partition p JOIN eventbus_topic t ON t.id = p.topic
+          WHERE t.name = $1 AND p.partition = 0 FOR UPDATE OF p)
         INSERT INTO eventbus_event (topic, partition, "offset", stored_at, size, source, version, headers, payload)
-        SELECT topic, 0, "offset", 0, 0, 's', -7, $2, $3 FROM moved"#;
+        SELECT l.topic, 0, h.next, 0, 0, 's', -7, $2, $3
+        FROM locked l CROSS JOIN LATERAL eventbus_head(l.topic, 0, l.first) h"#;
     sqlx::query(sql)
         .bind(topic.as_str())
         .bind(content.headers.as_block().as_ref())

@@ -431,6 +431,7 @@ async fn main() -> Anyhow<()> {
     }
     brokers::still::all().await?;
     let events: Vec<Envelope> = (0..200_000).map(event).collect();
+    brokers::held::all(&events).await?;
     let n = events.len();
     println!("| path | bar | ratio to raw, median [min..max] | raw | ours | |\n|---|---|---|---|---|---|");
     let raw = || raw_channel(&events, false);

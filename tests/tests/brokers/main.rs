@@ -13,6 +13,7 @@ mod interop;
 mod kafka_gap;
 mod nats_foreign;
 mod outbox;
+mod postgres_tables;
 mod rabbitmq_foreign;
 mod round_trip;
 mod secure;

@@ -4,6 +4,7 @@
 //! message that a program would want and decodes the same JSON. Ours is the transport: events into
 //! their headers and back, partitions, groups and positions.
 
+pub(crate) mod held;
 mod kafka;
 mod nats;
 mod postgres;

@@ -30,7 +30,7 @@ impl Store {
 async fn describe(connection: &mut PgConnection, name: Option<&Topic>) -> Result<Vec<TopicInfo>> {
     let rows = sqlx::query(
         "SELECT t.name, t.max_age, t.max_events, p.partition, p.first, p.next
-         FROM eventbus_topic t JOIN eventbus_partition p ON p.topic = t.id
+         FROM eventbus_topic t JOIN eventbus_range p ON p.topic = t.id
          WHERE $1::text IS NULL OR t.name = $1 ORDER BY t.name, p.partition",
     )
     .bind(name.map(Topic::as_str))
@@ -70,7 +70,7 @@ async fn bounds(
     partition: PartitionId,
 ) -> Result<(i64, u64, u64)> {
     let (id, n_partitions) = topics::existing(&mut *connection, topic).await?;
-    let row = sqlx::query("SELECT first, next FROM eventbus_partition WHERE topic = $1 AND partition = $2")
+    let row = sqlx::query("SELECT first, next FROM eventbus_range WHERE topic = $1 AND partition = $2")
         .bind(id)
         .bind(partition.0 as i32)
         .fetch_optional(connection)
@@ -87,8 +87,8 @@ async fn positions(connection: &mut PgConnection, topic: Option<&Topic>) -> Resu
              greatest(0, p.next - greatest(c.floor, p.first) - (SELECT count(*) FROM eventbus_exception x
                WHERE x.grp = g.id AND x.partition = c.partition AND x."offset" >= c.floor AND x.attempt IS NULL)),
              c.owner, m.process
-           FROM eventbus_cursor c JOIN eventbus_group g ON g.id = c.grp JOIN eventbus_topic t ON t.id = g.topic
-           JOIN eventbus_partition p ON p.topic = t.id AND p.partition = c.partition
+           FROM eventbus_position c JOIN eventbus_group g ON g.id = c.grp JOIN eventbus_topic t ON t.id = g.topic
+           JOIN eventbus_range p ON p.topic = t.id AND p.partition = c.partition
            LEFT JOIN eventbus_member m ON m.id = c.owner AND m.alive_until >= clock_timestamp()
            WHERE NOT g.ephemeral AND ($1::text IS NULL OR t.name = $1) ORDER BY g.name, t.name, c.partition"#,
     )
@@ -203,7 +203,8 @@ impl Admin for Postgres {
                 let (_, id) = membership::idle_group(&mut transaction, &topic, group.as_str()).await?;
                 let (_, first, next) = bounds(&mut transaction, &topic, partition).await?;
                 sqlx::query(
-                    "WITH gone AS (DELETE FROM eventbus_exception WHERE grp = $1 AND partition = $2)
+                    "WITH gone AS (DELETE FROM eventbus_exception WHERE grp = $1 AND partition = $2),
+                       settled AS (DELETE FROM eventbus_settled WHERE grp = $1 AND partition = $2)
                      UPDATE eventbus_cursor SET floor = $3, owner = NULL, epoch = epoch + 1 WHERE grp = $1 AND partition = $2",
                 )
                 .bind(id)
@@ -297,7 +298,7 @@ impl Admin for Postgres {
                 let (partitions, offsets) = (partitions.clone(), offsets.clone());
                 let look = self.store.run(move |store| async move {
                     let arrived = sqlx::query(
-                        r#"SELECT EXISTS (SELECT 1 FROM eventbus_partition p
+                        r#"SELECT EXISTS (SELECT 1 FROM eventbus_range p
                            JOIN unnest($2::integer[], $3::bigint[]) AS w (partition, "offset") ON w.partition = p.partition
                            WHERE p.topic = $1 AND p.next > w."offset")"#,
                     );

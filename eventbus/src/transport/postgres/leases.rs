@@ -125,10 +125,10 @@ impl leased::Store for Store {
     }
 }
 
-/// One statement, and so one consistent look: the group's generation, the bounds of each partition, and the events
+/// One statement, and so one consistent look: the group's generation, the beginning of each partition, and the events
 /// of the wanted ones.
 const READ: &str = concat!(
-    r#"SELECT g.generation, p.partition, p.first, p.next, "#,
+    r#"SELECT g.generation, p.partition, p.first, "#,
     event_columns!(),
     r#" FROM eventbus_group g
     JOIN eventbus_partition p ON p.topic = g.topic
@@ -137,7 +137,7 @@ const READ: &str = concat!(
       SELECT * FROM (
         SELECT e.*, sum(e.size) OVER (ORDER BY e."offset") - e.size AS before FROM (
           SELECT * FROM eventbus_event e
-          WHERE p.next > w.low AND p.first <= w.low AND e.topic = p.topic AND e.partition = p.partition AND e."offset" >= w.low
+          WHERE p.first <= w.low AND e.topic = p.topic AND e.partition = p.partition AND e."offset" >= w.low
           ORDER BY e."offset" LIMIT $4
         ) e
       ) e WHERE e.before < $5
@@ -173,13 +173,13 @@ async fn read(
         let partition = row.try_get::<i32, _>(1).map_err(from_sqlx)?.unsigned_abs();
         let Some(wanted) = wanted.iter().find(|wanted| wanted.partition == partition) else { continue };
         let first = number(2).map_err(from_sqlx)?.unwrap_or_default();
-        if number(4).map_err(from_sqlx)?.is_none() {
+        if number(3).map_err(from_sqlx)?.is_none() {
             if first > wanted.from {
                 fetched.insert(partition, Fetched { wanted: *wanted, first, rows: Vec::new() });
             }
             continue;
         }
-        let found = stored(row, 4, &mut texts).map_err(from_sqlx)?;
+        let found = stored(row, 3, &mut texts).map_err(from_sqlx)?;
         let of = fetched.entry(partition).or_insert(Fetched { wanted: *wanted, first, rows: Vec::new() });
         if found.offset != wanted.from + of.rows.len() as u64 {
             return Err(Error::new(ErrorKind::Corrupt, "events are missing between others")

@@ -119,13 +119,12 @@ async fn bump(connection: &mut PgConnection, group: i64) -> Result<()> {
 
 /// Partition, first and next offset of every partition of a topic.
 async fn bounds(connection: &mut PgConnection, topic: i64) -> Result<Vec<(u32, u64, u64)>> {
-    let rows = sqlx::query(
-        "SELECT partition, first, next FROM eventbus_partition WHERE topic = $1 ORDER BY partition",
-    )
-    .bind(topic)
-    .fetch_all(connection)
-    .await
-    .map_err(from_sqlx)?;
+    let rows =
+        sqlx::query("SELECT partition, first, next FROM eventbus_range WHERE topic = $1 ORDER BY partition")
+            .bind(topic)
+            .fetch_all(connection)
+            .await
+            .map_err(from_sqlx)?;
     let number = |row: &sqlx::postgres::PgRow, at: usize| row.try_get::<i64, _>(at).map(i64::unsigned_abs);
     rows.iter()
         .map(|row| Ok((row.try_get::<i32, _>(0)?.unsigned_abs(), number(row, 1)?, number(row, 2)?)))
@@ -230,7 +229,7 @@ pub(super) async fn stand(
         .collect::<Result<_, _>>()
         .map_err(from_sqlx)?;
     let cursors = sqlx::query(
-        "SELECT partition, owner, epoch, floor FROM eventbus_cursor WHERE grp = $1 ORDER BY partition",
+        "SELECT partition, owner, epoch, floor FROM eventbus_position WHERE grp = $1 ORDER BY partition",
     );
     let cursors = cursors.bind(group).fetch_all(&mut *transaction).await.map_err(from_sqlx)?;
     let cursor = |row: &sqlx::postgres::PgRow| {
@@ -259,19 +258,27 @@ pub(super) async fn stand(
                 continue;
             }
             Step::Load => {}
-            Step::Take => taken.push(partition as i32),
+            Step::Take => taken.push((partition as i32, floor as i64)),
         }
         let epoch = share.epoch.wrapping_add(u32::from(step == Step::Take));
         gained.push(Gained { partition, epoch, floor, exceptions: HashMap::new() });
     }
     if !taken.is_empty() {
-        sqlx::query("UPDATE eventbus_cursor SET owner = $3, epoch = epoch + 1 WHERE grp = $1 AND partition = ANY ($2)")
-            .bind(group)
-            .bind(taken)
-            .bind(member as i64)
-            .execute(&mut *transaction)
-            .await
-            .map_err(from_sqlx)?;
+        // Who is no owner settles nothing: where the group stood then is where it stands.
+        let (partitions, floors): (Vec<i32>, Vec<i64>) = taken.into_iter().unzip();
+        sqlx::query(
+            "WITH settled AS (DELETE FROM eventbus_settled WHERE grp = $1 AND partition = ANY ($2))
+             UPDATE eventbus_cursor c SET owner = $3, epoch = c.epoch + 1, floor = t.floor
+             FROM unnest($2::integer[], $4::bigint[]) AS t (partition, floor)
+             WHERE c.grp = $1 AND c.partition = t.partition",
+        )
+        .bind(group)
+        .bind(partitions)
+        .bind(member as i64)
+        .bind(floors)
+        .execute(&mut *transaction)
+        .await
+        .map_err(from_sqlx)?;
     }
     if !gained.is_empty() {
         let wanted: Vec<i32> = gained.iter().map(|gained| gained.partition as i32).collect();
@@ -323,19 +330,39 @@ async fn exceptions(
     Ok(found)
 }
 
+/// Locks the positions of the partitions that are still the member's, and moves them: a row is inserted, and the one before it
+/// is deleted by its place, so that nothing dead is looked through.
+macro_rules! move_positions {
+    () => {
+        "WITH held AS MATERIALIZED (
+           SELECT i.partition, i.epoch, i.floor, i.before FROM eventbus_cursor c
+           JOIN unnest($3::integer[], $4::bigint[], $5::bigint[], $6::bigint[]) AS i (partition, epoch, floor, before)
+             ON c.partition = i.partition AND c.epoch = i.epoch
+           WHERE c.grp = $1 AND c.owner = $2 ORDER BY c.partition FOR UPDATE OF c
+         ), settled AS (
+           INSERT INTO eventbus_settled SELECT $1, partition, epoch, floor FROM held ON CONFLICT DO NOTHING
+         ), passed AS (
+           DELETE FROM eventbus_settled s USING held h
+           WHERE s.grp = $1 AND s.partition = h.partition AND s.epoch = h.epoch AND s.floor >= h.before AND s.floor < h.floor
+         )"
+    };
+}
+
 /// Stores progress in one statement. Returns the partitions that are no longer the member's; nothing of those changed.
 pub(super) async fn save(
     connection: &mut PgConnection,
     seat: &Seat,
     progress: &[Progress],
 ) -> Result<Vec<u32>> {
-    let (mut partitions, mut epochs, mut floors) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut partitions, mut epochs) = (Vec::new(), Vec::new());
+    let (mut floors, mut before) = (Vec::new(), Vec::new());
     let (mut of, mut offsets, mut attempts, mut dues) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let now = Instant::now();
     for part in progress {
         partitions.push(part.partition as i32);
         epochs.push(i64::from(part.epoch));
         floors.push(part.floor as i64);
+        before.push(part.floor.saturating_sub(part.n_passed) as i64);
         for (offset, past) in &part.changed {
             let (attempt, due) = match past {
                 Past::Fresh => continue,
@@ -352,52 +379,32 @@ pub(super) async fn save(
         }
     }
     let plain = !progress.iter().any(|part| part.has_exceptions || !part.changed.is_empty());
-    let saved = if plain {
-        sqlx::query(
-            "UPDATE eventbus_cursor c SET floor = greatest(c.floor, i.floor)
-             FROM unnest($3::integer[], $4::bigint[], $5::bigint[]) AS i (partition, epoch, floor)
-             WHERE c.grp = $1 AND c.partition = i.partition AND c.owner = $2 AND c.epoch = i.epoch
-             RETURNING c.partition",
-        )
-        .bind(seat.group.id)
-        .bind(seat.member as i64)
-        .bind(&partitions)
-        .bind(&epochs)
-        .bind(&floors)
-        .fetch_all(connection)
-        .await
-    } else {
-        sqlx::query(
-            r#"WITH input AS (
-                 SELECT * FROM unnest($3::integer[], $4::bigint[], $5::bigint[]) AS t (partition, epoch, floor)
-               ), saved AS (
-                 UPDATE eventbus_cursor c SET floor = greatest(c.floor, i.floor) FROM input i
-                 WHERE c.grp = $1 AND c.partition = i.partition AND c.owner = $2 AND c.epoch = i.epoch
-                 RETURNING c.partition
-               ), noted AS (
+    let moved = match plain {
+        true => sqlx::query(concat!(move_positions!(), " SELECT partition FROM held")),
+        false => sqlx::query(concat!(
+            move_positions!(),
+            r#", noted AS (
                  INSERT INTO eventbus_exception
                  SELECT $1, x.partition, x."offset", x.attempt, clock_timestamp() + x.due * interval '1 microsecond'
-                 FROM unnest($6::integer[], $7::bigint[], $8::bigint[], $9::bigint[]) AS x (partition, "offset", attempt, due)
-                 JOIN saved ON saved.partition = x.partition
+                 FROM unnest($7::integer[], $8::bigint[], $9::bigint[], $10::bigint[]) AS x (partition, "offset", attempt, due)
+                 JOIN held ON held.partition = x.partition
                  ON CONFLICT (grp, partition, "offset") DO UPDATE SET attempt = excluded.attempt, due = excluded.due
                ), gone AS (
-                 DELETE FROM eventbus_exception e USING saved, input i
-                 WHERE e.grp = $1 AND e.partition = saved.partition AND i.partition = saved.partition AND e."offset" < i.floor
+                 DELETE FROM eventbus_exception e USING held h
+                 WHERE e.grp = $1 AND e.partition = h.partition AND e."offset" >= h.before AND e."offset" < h.floor
                )
-               SELECT partition FROM saved"#,
-        )
+               SELECT partition FROM held"#
+        )),
+    };
+    let moved = moved
         .bind(seat.group.id)
         .bind(seat.member as i64)
         .bind(&partitions)
         .bind(&epochs)
         .bind(&floors)
-        .bind(&of)
-        .bind(&offsets)
-        .bind(&attempts)
-        .bind(&dues)
-        .fetch_all(connection)
-        .await
-    };
+        .bind(&before);
+    let moved = if plain { moved } else { moved.bind(&of).bind(&offsets).bind(&attempts).bind(&dues) };
+    let saved = moved.fetch_all(connection).await;
     let saved = saved.map_err(from_sqlx)?;
     let saved: Vec<i32> =
         saved.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>().map_err(from_sqlx)?;
@@ -447,6 +454,7 @@ pub(super) async fn leave(connection: &mut PgConnection, seat: &Seat) -> Result<
 pub(super) async fn forget(connection: &mut PgConnection, groups: Vec<i64>) -> Result<()> {
     sqlx::query(
         "WITH exceptions AS (DELETE FROM eventbus_exception WHERE grp = ANY ($1)),
+           settled AS (DELETE FROM eventbus_settled WHERE grp = ANY ($1)),
            cursors AS (DELETE FROM eventbus_cursor WHERE grp = ANY ($1)),
            members AS (DELETE FROM eventbus_member WHERE grp = ANY ($1))
          DELETE FROM eventbus_group WHERE id = ANY ($1)",

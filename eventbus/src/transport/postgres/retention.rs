@@ -52,8 +52,8 @@ async fn trim(connection: &mut PgConnection) -> Result<()> {
                WHERE t.max_age IS NOT NULL
                  AND e.stored_at < (extract(epoch FROM clock_timestamp()) * 1000000)::bigint * 1000 - t.max_age), p.first)
            )) AS before
-           FROM eventbus_partition p JOIN eventbus_topic t ON t.id = p.topic
-           LEFT JOIN (SELECT g.topic, c.partition, min(c.floor) AS floor FROM eventbus_cursor c
+           FROM eventbus_range p JOIN eventbus_topic t ON t.id = p.topic
+           LEFT JOIN (SELECT g.topic, c.partition, min(c.floor) AS floor FROM eventbus_position c
              JOIN eventbus_group g ON g.id = c.grp GROUP BY g.topic, c.partition) f
              ON f.topic = p.topic AND f.partition = p.partition
            WHERE (t.max_age IS NOT NULL OR t.max_events IS NOT NULL) AND p.first < p.next"#,
@@ -86,7 +86,7 @@ async fn forget_dead_broadcasts(connection: &mut PgConnection) -> Result<()> {
     if dead.is_empty() { Ok(()) } else { membership::forget(connection, dead).await }
 }
 
-/// Removes the events of a partition below an offset, in one statement. Returns how many.
+/// Removes the events of a partition below an offset that is not above its end, in one statement. Returns how many.
 pub(super) async fn remove(
     connection: &mut PgConnection,
     topic: i64,
@@ -95,7 +95,7 @@ pub(super) async fn remove(
 ) -> Result<u64> {
     let removed = sqlx::query(
         r#"WITH moved AS (
-             UPDATE eventbus_partition SET first = greatest(first, least($3, next)) WHERE topic = $1 AND partition = $2)
+             UPDATE eventbus_partition SET first = greatest(first, $3) WHERE topic = $1 AND partition = $2)
            DELETE FROM eventbus_event WHERE topic = $1 AND partition = $2 AND "offset" < $3"#,
     )
     .bind(topic)

@@ -15,26 +15,26 @@ use crate::transport::kit::leased::Stored;
 use crate::transport::kit::texts::Texts;
 use crate::transport::{Content, Undecodable};
 
-/// Stores events behind the end of their partitions, in one statement: locks the partitions in one order, gives out
-/// offsets, inserts. Returns where each partition ended before; a topic that is gone returns nothing. Columns without a
+/// Stores events behind the end of their partitions, in one statement: locks the partitions in one order, finds their ends,
+/// inserts. Returns where each partition ended before; a topic that is gone returns nothing. Columns without a
 /// value are empty, and `unnest` fills them up.
 pub(super) const INSERT: &str = r#"
-WITH ends AS MATERIALIZED (
-  SELECT p.topic, p.partition, p.next, c.n, c.slot,
-    greatest(p.last_stored, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint * 1000) AS stored_at
+WITH locked AS MATERIALIZED (
+  SELECT p.topic, p.partition, p.first, c.slot
   FROM eventbus_partition p
-  JOIN unnest($1::bigint[], $2::integer[], $3::bigint[]) WITH ORDINALITY AS c (topic, partition, n, slot)
+  JOIN unnest($1::bigint[], $2::integer[]) WITH ORDINALITY AS c (topic, partition, slot)
     ON c.topic = p.topic AND c.partition = p.partition
   ORDER BY p.topic, p.partition FOR UPDATE OF p
-), moved AS (
-  UPDATE eventbus_partition p SET next = e.next + e.n, last_stored = e.stored_at FROM ends e
-  WHERE p.topic = e.topic AND p.partition = e.partition
+), ends AS MATERIALIZED (
+  SELECT l.topic, l.partition, l.slot, h.next,
+    greatest(h.last_stored, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint * 1000) AS stored_at
+  FROM locked l CROSS JOIN LATERAL eventbus_head(l.topic, l.partition, l.first) h
 ), stored AS (
   INSERT INTO eventbus_event
   SELECT e.topic, e.partition, e.next + i.rank, e.stored_at, i.size, i.id, i.other_id, i.source, i.type, i.version, i.subject,
     i.time, i.content_type, i.schema, i.key, i.extensions, i.headers, i.payload
-  FROM unnest($4::bigint[], $5::bigint[], $6::integer[], $7::uuid[], $8::text[], $9::text[], $10::text[], $11::bigint[],
-    $12::text[], $13::bigint[], $14::text[], $15::text[], $16::bytea[], $17::bytea[], $18::bytea[], $19::bytea[])
+  FROM unnest($3::bigint[], $4::bigint[], $5::integer[], $6::uuid[], $7::text[], $8::text[], $9::text[], $10::bigint[],
+    $11::text[], $12::bigint[], $13::text[], $14::text[], $15::bytea[], $16::bytea[], $17::bytea[], $18::bytea[])
   AS i (slot, rank, size, id, other_id, source, type, version, subject, time, content_type, schema, key,
     extensions, headers, payload)
   JOIN ends e ON e.slot = i.slot
@@ -132,7 +132,6 @@ impl<'a> Columns<'a> {
         sqlx::query(INSERT)
             .bind(&self.topics)
             .bind(&self.partitions)
-            .bind(&self.counts)
             .bind(&self.slots)
             .bind(&self.ranks)
             .bind(&self.sizes)

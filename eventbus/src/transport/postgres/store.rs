@@ -52,7 +52,15 @@ impl Store {
                 "commits are not flushed: confirmed events may be lost if the server's machine fails"
             );
         }
-        let connect = connect.options([("synchronous_commit", commit), ("lock_timeout", "10s")]);
+        // An end is looked for when its lock is held, not when the transaction began. A plan that was made while a table was
+        // small reads all of it, long after it is not; a plan for which there is no index looks dear, and is not worth compiling.
+        let connect = connect.options([
+            ("synchronous_commit", commit),
+            ("lock_timeout", "10s"),
+            ("default_transaction_isolation", "read committed"),
+            ("enable_seqscan", "off"),
+            ("jit", "off"),
+        ]);
         let place = format!(
             "{}:{}/{}",
             connect.get_host(),

@@ -100,6 +100,7 @@ pub(super) async fn delete(connection: &mut PgConnection, topic: &Topic) -> Resu
     sqlx::query(
         "WITH groups AS (DELETE FROM eventbus_group WHERE topic = $1 RETURNING id),
            exceptions AS (DELETE FROM eventbus_exception USING groups WHERE grp = groups.id),
+           settled AS (DELETE FROM eventbus_settled USING groups WHERE grp = groups.id),
            cursors AS (DELETE FROM eventbus_cursor USING groups WHERE grp = groups.id),
            members AS (DELETE FROM eventbus_member USING groups WHERE grp = groups.id),
            partitions AS (DELETE FROM eventbus_partition WHERE topic = $1),
