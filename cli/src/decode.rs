@@ -46,6 +46,11 @@ pub(crate) struct Shown {
 }
 
 impl Decode {
+    /// Whether no body is taken for JSON.
+    pub(crate) fn is_as_it_is(&self) -> bool {
+        matches!(self.form, Form::Raw | Form::Hex)
+    }
+
     /// Decodes a body and cuts what comes of it.
     pub(crate) fn show(&self, body: &Bytes, max_bytes: usize) -> Shown {
         let (bytes, mut error) = match self.command.as_deref().map(|command| through(command, body)) {

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use clap::ValueEnum;
 use serde_json::{Map, Value};
 
-use crate::exit::Outcome;
+use crate::exit::{Failure, Outcome};
 
 /// The form of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -157,8 +157,14 @@ impl Out {
     /// Writes rows of equal columns.
     ///
     /// # Errors
-    /// The reader has gone.
+    /// The reader has gone. Usage: a column that is asked for does not exist.
     pub(crate) fn rows(&mut self, rows: Vec<Map<String, Value>>) -> Outcome {
+        if let (Some(columns), Some(first)) = (&self.columns, rows.first())
+            && let Some(unknown) = columns.iter().find(|name| !rows.iter().any(|row| row.contains_key(*name)))
+        {
+            let known: Vec<_> = first.keys().map(String::as_str).collect();
+            return Err(Failure::Usage(format!("there is no column {unknown}; known: {}", known.join(", "))));
+        }
         let keep = |row: Map<String, Value>| match &self.columns {
             None => row,
             Some(columns) => {

@@ -102,7 +102,7 @@ impl Wanted<'_> {
             return Ok(false);
         }
         let Some(jq) = &self.jq else { return Ok(true) };
-        jq.holds(&record::to_json(self.broker, topic, record))
+        jq.holds(&record::for_jq(record::to_json(self.broker, topic, record)))
     }
 }
 

@@ -83,12 +83,28 @@ pub(crate) fn bytes(record: &Record) -> Bytes {
     body.unwrap_or_default()
 }
 
-/// The event that a jq filter makes of a record.
+/// A record as filters see it: with a body that is JSON as JSON, also where writing it again would give other bytes.
+pub(crate) fn for_jq(mut record: Value) -> Value {
+    let parsed = record["value"]["data"].as_str().filter(|_| record["value"]["enc"] == "utf8");
+    let parsed = parsed.and_then(|text| serde_json::from_str::<Value>(text).ok());
+    if let Some(data) = parsed.filter(|data| depth(data) <= MAX_DEPTH) {
+        record["value"] = json!({"enc": "json", "data": data});
+    }
+    record
+}
+
+/// The event that a jq filter makes of a record. A body that it leaves alone keeps its bytes.
 ///
 /// # Errors
 /// The filter fails, or what it makes is no record.
 pub(crate) fn edited(broker: &str, topic: &Topic, record: &Record, edit: &Jq) -> Outcome<Envelope> {
-    from_json(&edit.one(&to_json(broker, topic, record))?)
+    let before = for_jq(to_json(broker, topic, record));
+    let after = edit.one(&before)?;
+    let edited = from_json(&after)?;
+    Ok(match after["value"] == before["value"] && !before["value"].is_null() {
+        true => edited.with_payload(bytes(record)),
+        false => edited,
+    })
 }
 
 /// How often an event was replayed or redriven.

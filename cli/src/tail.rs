@@ -223,6 +223,7 @@ impl Writer<'_> {
         }
         if let Some(select) = &self.select {
             let whole = record::shown(&self.session.broker, topic, record, &tail.decode, usize::MAX);
+            let whole = if tail.decode.is_as_it_is() { whole } else { record::for_jq(whole) };
             let place = || record::reference(topic, record);
             let made = self.unfit.or_default(select.all(&whole), place)?;
             return made.into_iter().try_for_each(|value| self.out.line(value));

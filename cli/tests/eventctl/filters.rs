@@ -111,7 +111,7 @@ fn lists_take_the_form_that_is_asked_for() {
     let (_, _, stderr) = shell.told(&["-v", "publish", "orders", "{}"]);
     assert!(!stderr.is_empty());
     let (_, _, stderr) = shell.told(&["publish", "orders", "{}", "--count", "5", "--progress", "json"]);
-    assert!(stderr.contains(r#"{"done":5,"total":5,"verb":"publish"}"#), "{stderr}");
+    assert!(stderr.contains(r#"{"verb":"publish","done":5,"total":5}"#), "{stderr}");
 }
 
 /// Whether a text is a time with its offset.
@@ -287,6 +287,31 @@ fn bodies_are_decoded_as_asked_for() {
     assert!(copied.status.success());
     let bodies = shell.ok(&["tail", "copy", "--format", "{value}"]);
     assert_eq!(bodies.lines().collect::<Vec<_>>(), ["{\"n\":1}", "no json"]);
+}
+
+/// A body is JSON however it was written: filters look into it, and what they leave alone keeps its bytes.
+#[test]
+fn filters_see_json_however_it_was_written() {
+    let shell = Shell::new();
+    let written = "{ \"z\": 1,\n  \"amount\": 300.10 }";
+    shell.ok(&["publish", "t", written, "-k", "k"]);
+    shell.ok(&["publish", "t", "{\"amount\": 7}", "-k", "k"]);
+    let large = ["tail", "t", "--where", ".value.data.amount > 100", "--select", ".value.data.z"];
+    assert_eq!(shell.lines(&large), [1]);
+    let edit =
+        |to: &str, edit: &str| shell.ok(&["replay", "run", "t", "--to", to, "--edit", edit, "--execute"]);
+    edit("keyed", ".key.data = \"other\"");
+    let keyed = shell.ok(&["tail", "keyed", "--format", "{key} {value}", "-n", "2"]);
+    assert!(keyed.starts_with(&format!("other {written}")), "{keyed}");
+    edit("cheaper", ".value.data.amount = 1");
+    assert_eq!(
+        shell.ok(&["tail", "cheaper", "--format", "{value}"]).lines().next(),
+        Some("{\"z\":1,\"amount\":1}")
+    );
+    // Columns come in the order that was asked for, and one that is not there is told.
+    assert!(shell.ok(&["inspect", "topics", "--columns", "kept,topic"]).starts_with("{\"kept\":"));
+    let (code, stderr) = shell.code(&["inspect", "topics", "--columns", "kept,size"]);
+    assert!(code == 2 && stderr.contains("size") && stderr.contains("partitions"), "{stderr}");
 }
 
 /// Events go to another bus, where the replay is noted too; the one they come from is only read.
