@@ -375,8 +375,20 @@ fn edit(given: Option<&PathBuf>) -> Outcome {
 ///
 /// # Errors
 /// Usage: an address that is none; not found; the file cannot be written.
-pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: &mut Out) -> Outcome {
+pub(crate) async fn run(
+    command: &ContextCommand,
+    given: Option<&PathBuf>,
+    dry_run: bool,
+    out: &mut Out,
+) -> Outcome {
     let missing = |name: &str| Failure::NotFound(format!("there is no context {name} in your configuration"));
+    let changes = !matches!(
+        command.what,
+        None | Some(What::List | What::Show { .. } | What::Test { .. } | What::Prompt)
+    );
+    if dry_run && changes {
+        return Err(Failure::DryRun);
+    }
     match &command.what {
         None | Some(What::List) => {
             let config = Config::load(given)?;
@@ -401,6 +413,10 @@ pub(crate) async fn run(command: &ContextCommand, given: Option<&PathBuf>, out: 
             eventbus::url::Url::parse(url)?;
             outbox.as_deref().map(eventbus::url::Url::parse).transpose()?;
             let mut config = Config::own(given)?;
+            if !protected && config.context.get(name).is_some_and(|known| known.protected) {
+                let why = "would lose its protection: give --protected, or remove it first";
+                return Err(Failure::Refused(format!("context {name} {why}")));
+            }
             let context = Context {
                 url: url.clone(),
                 label: label.clone(),

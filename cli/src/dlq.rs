@@ -147,6 +147,13 @@ enum What {
     },
 }
 
+impl Dlq {
+    /// Whether it publishes.
+    pub(crate) fn executes(&self) -> bool {
+        matches!(&self.what, What::Redrive { execute: true, .. })
+    }
+}
+
 struct Letter {
     topic: Topic,
     place: String,
@@ -316,14 +323,15 @@ pub(crate) async fn run(session: &Session, dlq: &Dlq, out: &mut Out) -> Outcome 
             let n_tired =
                 chosen.iter().filter(|letter| record::n_replays(&letter.event) >= *max_replays).count();
             chosen.retain(|letter| record::n_replays(&letter.event) < *max_replays);
-            if !all {
-                chosen.truncate(*max);
+            let n_more = if *all { 0 } else { chosen.len().saturating_sub(*max) };
+            chosen.truncate(chosen.len() - n_more);
+            let mut tired = String::new();
+            if n_tired > 0 {
+                tired += &format!("; {n_tired} left alone after {max_replays} replays");
             }
-            let tired = if n_tired > 0 {
-                format!("; {n_tired} left alone after {max_replays} replays")
-            } else {
-                String::new()
-            };
+            if n_more > 0 {
+                tired += &format!("; {n_more} more above --max {max}");
+            }
             if !execute {
                 say!("would redrive {} dead letters to {to}{tired}; add --execute to do it", chosen.len());
                 return Ok(());

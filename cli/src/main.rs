@@ -99,7 +99,7 @@ struct Cli {
     /// Says nothing that was not asked for.
     #[arg(short, long, global = true)]
     quiet: bool,
-    /// Gives up after so long; commands that follow do not.
+    /// Gives up after so long. What follows, and what publishes many events, goes on for as long as it takes.
     #[arg(long, global = true, env = "EVENTCTL_TIMEOUT", default_value = "10m", value_parser = range::duration)]
     timeout: Duration,
     /// Never asks. What needs a confirmation is refused then, and the error names the flag.
@@ -168,6 +168,10 @@ async fn main() -> ExitCode {
         Command::Tail(tail) => tail.follow,
         Command::Inspect(inspect) => inspect.follows(),
         Command::Outbox(outbox) => outbox.relays(),
+        // As long as what it reads, or as it is told to take.
+        Command::Publish(publish) => publish.takes_its_time(),
+        Command::Replay(replay) => replay.executes(),
+        Command::Dlq(dlq) => dlq.executes(),
         _ => false,
     };
     let ends_itself = matches!(&cli.command, Command::Outbox(outbox) if outbox.relays());
@@ -241,7 +245,7 @@ async fn run(cli: &Cli) -> Outcome {
         _ => {}
     }
     if let Command::Context(command) = &cli.command {
-        return context::run(command, cli.config.as_ref(), &mut out).await;
+        return context::run(command, cli.config.as_ref(), cli.dry_run, &mut out).await;
     }
     let config = Config::load(cli.config.as_ref())?;
     let creates = match &cli.command {

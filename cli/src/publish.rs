@@ -49,7 +49,7 @@ pub(crate) enum OnError {
 ///   eventctl -c A tail T --from start --until-end -o jsonl --full | eventctl -c B publish T2 - --input envelope
 ///   eventctl publish orders '{"id":7}' --via-outbox --store postgres://me@db/shop
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(verbatim_doc_comment, group = clap::ArgGroup::new("again").args(["count", "duration"]).multiple(true))]
 pub(crate) struct Publish {
     /// The topic.
     #[arg(add = crate::complete::topics())]
@@ -99,10 +99,10 @@ pub(crate) struct Publish {
     #[arg(long, value_name = "TIME", value_parser = crate::range::duration, conflicts_with_all = ["file", "null", "input"])]
     pub duration: Option<std::time::Duration>,
     /// With --count or --duration: puts the number of the event, from 1, where body and key have an n in braces.
-    #[arg(long)]
+    #[arg(long, requires = "again")]
     pub template: bool,
     /// With --count or --duration: no faster than this, such as 100/s.
-    #[arg(long, value_name = "N/s", value_parser = crate::range::rate)]
+    #[arg(long, value_name = "N/s", value_parser = crate::range::rate, requires = "again")]
     pub rate: Option<f64>,
     /// Events published before their confirms are awaited.
     #[arg(long, default_value = "256", value_name = "N")]
@@ -146,6 +146,11 @@ fn pair(text: &str) -> Outcome<(&str, &str)> {
 }
 
 impl Publish {
+    /// Whether it publishes as long as there is input, or as often as it is told.
+    pub(crate) fn takes_its_time(&self) -> bool {
+        self.count.is_some() || self.duration.is_some() || self.input != Input::Raw
+    }
+
     fn event(&self, body: Option<Vec<u8>>) -> Outcome<Envelope> {
         let mut event =
             Envelope::new(self.event_type.clone(), self.source.clone()).with_version(self.version);

@@ -172,6 +172,8 @@ struct Flags {
 
 /// Events published before their confirms are awaited.
 const WINDOW: usize = 256;
+/// How long what was published may be without a note: that much is published again after an interruption.
+const NOTE_EVERY: std::time::Duration = std::time::Duration::from_secs(1);
 /// Records that are passed over before that is noted.
 const MAX_PASSED: usize = 10_000;
 /// Places that a plan names.
@@ -300,6 +302,11 @@ impl Job {
 }
 
 impl Replay {
+    /// Whether it publishes.
+    pub(crate) fn executes(&self) -> bool {
+        matches!(&self.what, What::Run { execute: true, .. })
+    }
+
     /// The other bus, where one is named.
     pub(crate) fn to_context(&self) -> Option<&str> {
         match &self.what {
@@ -435,6 +442,7 @@ async fn execute_job(
     let edit = job.edit.as_deref().map(Jq::compile).transpose()?;
     let mut reader = Reader::new(session.admin()?, source.clone(), job.spans());
     let (mut batch, mut passed) = (Vec::new(), Vec::new());
+    let mut noted_at = tokio::time::Instant::now();
     let (mut n_published, mut noted, mut n_passed, mut n_refused) = (0u64, 0u64, 0u64, 0u64);
     let pace = Pace::begin(how.rate).with_ramp(how.ramp.unwrap_or_default());
     let window = pace.window(WINDOW);
@@ -482,8 +490,12 @@ async fn execute_job(
             progress.at(n_published);
             n_passed += passed.len() as u64;
             passed.drain(..).for_each(|(partition, offset)| job.pass(partition, offset));
-            if n_published - noted >= how.checkpoint_every.max(1) || n_passed >= MAX_PASSED as u64 || done {
-                n_passed = 0;
+            if n_published - noted >= how.checkpoint_every.max(1)
+                || n_passed >= MAX_PASSED as u64
+                || noted_at.elapsed() >= NOTE_EVERY
+                || done
+            {
+                (n_passed, noted_at) = (0, tokio::time::Instant::now());
                 noted = n_published;
                 let so_far = job.published + n_published;
                 Job { published: so_far, ..job.clone() }.checkpoint(target).await?;

@@ -30,6 +30,11 @@ fn contexts_are_added_chosen_and_removed() {
     shell.ok(&["context", "add", "prod", &url, "--label", "PROD", "--protected"]);
     let (code, _, stderr) = shell.told(&["-c", "prod", "publish", "orders", "{}"]);
     assert!(code == 5 && stderr.contains("PROTECTED") && stderr.contains("--confirm prod"), "{stderr}");
+    // Neither a change that drops it, nor one that is only tried.
+    let (code, _, stderr) = shell.told(&["context", "add", "prod", &url]);
+    assert!(code == 5 && stderr.contains("protection"), "{stderr}");
+    shell.ok(&["--dry-run", "context", "rm", "prod"]);
+    shell.ok(&["context", "show", "prod"]);
     shell.ok(&["context", "use", "shop"]);
     let listed = shell.ok(&["context", "list"]);
     assert!(listed.contains("\"name\":\"shop\"") && listed.contains("\"current\":true"), "{listed}");

@@ -145,6 +145,8 @@ fn exit_codes_tell_what_happened() {
         (&["publish", "t"], 2, "standard input"),
         (&["topic", "create", "t", "--partitions", "3", "--if-not-exists"], 1, "keys would move"),
         (&["topic", "delete", "missing", "--execute"], 4, "no topic"),
+        (&["publish", "t", "x", "--rate", "5/s"], 2, "--count"),
+        (&["publish", "t", "x", "--template"], 2, "--count"),
         (&["replay", "run", "t", "--to", "t", "--execute"], 5, "same topic"),
         (&["publish", "t", "-H", "novalue", "x"], 2, "NAME=VALUE"),
         (&["frobnicate"], 2, "unrecognized"),
