@@ -1,16 +1,19 @@
 //! `tail`: reads records without joining any group.
 
+use std::collections::{HashMap, VecDeque};
+use std::time::SystemTime;
+
 use clap::Args;
-use eventbus::Topic;
-use eventbus::admin::Record;
+use eventbus::admin::{Admin, Record};
+use eventbus::{PartitionId, Topic};
 
 use crate::context::Session;
 use crate::decode::Decode;
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
 use crate::out::{Out, say};
-use crate::range::{Bound, Span, resolve};
-use crate::reader::{Filter, RangeFlags, Reader, event};
+use crate::range::{Bound, Range, Span, resolve};
+use crate::reader::{Filter, RangeFlags, Reader, Wanted, event};
 use crate::record;
 use crate::time::Time;
 
@@ -28,7 +31,7 @@ pub(crate) struct Tail {
     /// The topics; records of several are merged by the time they were stored.
     #[arg(required = true, value_name = "DEST", add = crate::complete::topics())]
     pub dest: Vec<Topic>,
-    /// The last records, when no range is given.
+    /// The last records that fit, when no range is given.
     #[arg(short, default_value_t = 10, value_name = "N")]
     pub n: u64,
     /// Goes on with what arrives.
@@ -86,37 +89,22 @@ impl Tail {
 pub(crate) async fn run(session: &Session, tail: &Tail, time: Time, out: &mut Out) -> Outcome {
     let admin = session.admin()?;
     let ranged = tail.range.from.is_some() || tail.range.range.is_some() || tail.to.is_some();
-    let default = match (ranged, tail.follow) {
-        (true, _) => Bound::Start,
-        (false, true) => Bound::End,
-        (false, false) => Bound::Last(tail.n),
-    };
-    let mut range = tail.range.or_from(default);
+    let mut range = tail.range.or_from(if ranged { Bound::Start } else { Bound::End });
     range.to = tail.to.unwrap_or(range.to);
     let wanted = tail.filter.ready(&session.broker)?;
     let select = tail.select.as_deref().map(Jq::compile).transpose()?;
-    let mut topics: Vec<(Topic, Vec<Span>)> = Vec::new();
-    for topic in &tail.dest {
-        if !topics.iter().any(|(known, _)| known == topic) {
-            topics.push((topic.clone(), resolve(admin, topic, range).await?));
-        }
-    }
     let mut writer = Writer { session, tail, select, time, out, unfit: Unfit::default() };
-    let mut reader = Reader::over(admin, topics);
-    let mut last: Vec<(Topic, Record)> = Vec::new();
-    let (mut n_written, mut n_matched) = (0, 0u64);
+    let mut chosen = Chosen { wanted, sample: tail.sample, n_matched: 0 };
+    if !ranged && !tail.follow {
+        let found = last(admin, tail, &mut chosen, &mut writer.unfit).await?;
+        found.iter().try_for_each(|(topic, record)| writer.write(topic, record))?;
+        return writer.end();
+    }
+    let mut reader = Reader::over(admin, spans(admin, &tail.dest, range).await?);
+    let mut n_written = 0;
     loop {
         while let Some((topic, record)) = reader.next_of_any().await? {
-            let place = || record::reference(&topic, &record);
-            if !writer.unfit.or_default(wanted.takes(&topic, &record), place)? {
-                continue;
-            }
-            n_matched += 1;
-            if tail.sample.is_some_and(|n| n_matched % n != 1 && n > 1) {
-                continue;
-            }
-            if !ranged && !tail.follow {
-                last.push((topic, record));
+            if !chosen.takes(&topic, &record, &mut writer.unfit)? {
                 continue;
             }
             writer.write(&topic, &record)?;
@@ -126,29 +114,103 @@ pub(crate) async fn run(session: &Session, tail: &Tail, time: Time, out: &mut Ou
             }
         }
         if !tail.follow {
-            break;
+            return writer.end();
         }
         reader.follow().await?;
     }
-    // The last of all partitions together, not of each.
-    let keep = tail.max.map_or(tail.n, |max| max.min(tail.n)) as usize;
-    let skip = last.len().saturating_sub(keep);
-    last.iter().skip(skip).try_for_each(|(topic, record)| writer.write(topic, record))?;
-    writer.end()
+}
+
+/// The spans of topics, each once.
+async fn spans(admin: &dyn Admin, dest: &[Topic], range: Range) -> Outcome<Vec<(Topic, Vec<Span>)>> {
+    let mut topics: Vec<(Topic, Vec<Span>)> = Vec::new();
+    for topic in dest {
+        if !topics.iter().any(|(known, _)| known == topic) {
+            topics.push((topic.clone(), resolve(admin, topic, range).await?));
+        }
+    }
+    Ok(topics)
+}
+
+/// Which records are taken.
+struct Chosen<'a> {
+    wanted: Wanted<'a>,
+    sample: Option<u64>,
+    n_matched: u64,
+}
+
+impl Chosen<'_> {
+    fn takes(&mut self, topic: &Topic, record: &Record, unfit: &mut Unfit) -> Outcome<bool> {
+        let place = || record::reference(topic, record);
+        let is_match = unfit.or_default(self.wanted.takes(topic, record), place)?;
+        self.n_matched += u64::from(is_match);
+        Ok(is_match && self.sample.is_none_or(|n| n == 1 || self.n_matched % n == 1))
+    }
+}
+
+/// The last records that are taken, of all partitions together: reads further back until there are so many, or no more.
+async fn last(
+    admin: &dyn Admin,
+    tail: &Tail,
+    chosen: &mut Chosen<'_>,
+    unfit: &mut Unfit,
+) -> Outcome<Vec<(Topic, Record)>> {
+    let keep = tail.max.map_or(tail.n, |max| max.min(tail.n));
+    let mut window = tail.n;
+    loop {
+        let topics = spans(admin, &tail.dest, Range { from: Bound::Last(window), to: Bound::End }).await?;
+        let whole = spans(admin, &tail.dest, Range { from: Bound::Start, to: Bound::End }).await?;
+        let mut found = VecDeque::new();
+        // When that was stored where reading began, of the partitions that were not read from their beginning.
+        let mut begun: HashMap<(Topic, PartitionId), Option<SystemTime>> = HashMap::new();
+        for ((topic, spans), (_, whole)) in topics.iter().zip(&whole) {
+            let is_cut = |span: &Span| {
+                !whole.iter().any(|all| all.partition == span.partition && all.from >= span.from)
+            };
+            begun.extend(
+                spans.iter().filter(|span| is_cut(span)).map(|span| ((topic.clone(), span.partition), None)),
+            );
+        }
+        (chosen.n_matched, unfit.n) = (0, 0);
+        let mut reader = Reader::over(admin, topics);
+        while let Some((topic, record)) = reader.next_of_any().await? {
+            if let Some(first @ None) = begun.get_mut(&(topic.clone(), record.partition)) {
+                *first = Some(record.stored_at);
+            }
+            if chosen.takes(&topic, &record, unfit)? {
+                found.push_back((topic, record));
+                if found.len() as u64 > keep {
+                    found.pop_front();
+                }
+            }
+        }
+        let oldest = found.front().filter(|_| found.len() as u64 >= keep).map(|(_, record)| record.stored_at);
+        // What was not read is older than all that is kept.
+        let is_older = |first: &Option<SystemTime>| {
+            oldest.is_some_and(|oldest| first.is_none_or(|first| first <= oldest))
+        };
+        if keep == 0 || window == u64::MAX || begun.values().all(is_older) {
+            return Ok(found.into());
+        }
+        window = window.saturating_mul(16);
+    }
 }
 
 /// Records that a jq filter could not be run on: they are told and passed over.
 #[derive(Debug, Default)]
-struct Unfit(u64);
+struct Unfit {
+    n: u64,
+    is_told: bool,
+}
 
 impl Unfit {
     fn or_default<T: Default>(&mut self, outcome: Outcome<T>, place: impl Fn() -> String) -> Outcome<T> {
         match outcome {
             Err(Failure::Usage(why)) => {
-                if self.0 == 0 {
+                if !self.is_told {
+                    self.is_told = true;
                     say!("eventctl: {}: {why}", place());
                 }
-                self.0 += 1;
+                self.n += 1;
                 Ok(T::default())
             }
             other => other,
@@ -156,8 +218,8 @@ impl Unfit {
     }
 
     fn tell(&self) {
-        if self.0 > 1 {
-            say!("eventctl: the filter failed on {} records", self.0);
+        if self.n > 1 {
+            say!("eventctl: the filter failed on {} records", self.n);
         }
     }
 }

@@ -314,6 +314,26 @@ fn filters_see_json_however_it_was_written() {
     assert!(code == 2 && stderr.contains("size") && stderr.contains("partitions"), "{stderr}");
 }
 
+/// The last that fit are found however far back they are, and in the order of all partitions.
+#[test]
+fn the_last_that_fit_are_found() {
+    let shell = Shell::new();
+    shell.ok(&["publish", "t", "first", "--id", "abc", "--type", "rare"]);
+    shell.ok(&["publish", "t", "{n}", "--count", "400", "--template", "-k", "k{n}", "--type", "often"]);
+    shell.ok(&["publish", "t", "second", "-k", "k7", "--type", "rare"]);
+    shell.ok(&["publish", "t", "{n}", "--count", "900", "--template", "-k", "k7", "--type", "often"]);
+    let bodies = |flags: &[&str]| -> Vec<String> {
+        let told = shell.ok(&[&["tail", "t", "--format", "{value}"], flags].concat());
+        told.lines().map(str::to_owned).collect()
+    };
+    assert_eq!(bodies(&["--id", "abc"]), ["first"]);
+    assert_eq!(bodies(&["--type", "rare"]), ["first", "second"]);
+    assert_eq!(bodies(&["--type", "rare", "-n", "1"]), ["second"]);
+    assert_eq!(bodies(&["--type", "often", "-n", "2"]), ["899", "900"]);
+    assert_eq!(bodies(&["-n", "901"])[..1], ["second"]);
+    assert!(bodies(&["--type", "none"]).is_empty() && bodies(&["-n", "0"]).is_empty());
+}
+
 /// Events go to another bus, where the replay is noted too; the one they come from is only read.
 #[test]
 fn a_replay_goes_to_another_bus() {
