@@ -282,3 +282,27 @@ fn names_are_completed() {
         assert!(shell.ok(&["completions", name]).contains("eventctl"), "{name}");
     }
 }
+
+/// A time-out ends what hangs, and not what is long because it was told to be.
+#[test]
+fn long_work_has_no_time_out() {
+    let shell = Shell::new();
+    let slowly =
+        ["publish", "t", "{n}", "--template", "--count", "15", "--rate", "10/s", "--timeout", "500ms"];
+    let (code, _, stderr) = shell.told(&slowly);
+    assert_eq!(code, 0, "{stderr}");
+    let (code, _, stderr) = shell.told(&[
+        "replay",
+        "run",
+        "t",
+        "--to",
+        "copy",
+        "--rate",
+        "10/s",
+        "--timeout",
+        "500ms",
+        "--execute",
+    ]);
+    assert_eq!(code, 0, "{stderr}");
+    assert_eq!(shell.lines(&["tail", "copy", "-n", "20"]).len(), 15);
+}

@@ -84,6 +84,9 @@ async fn a_redriven_letter_goes_only_to_the_handler_that_failed() {
     assert_eq!(ctl(&["dlq", "list"]).lines().count(), 3, "they were to stay open");
     world.down.store(false, Ordering::SeqCst);
     ctl(&["dlq", "redrive", "--reason", "billing.down"]);
+    let some = ["-c", &url, "dlq", "redrive", "--reason", "billing.down", "--max", "1"];
+    let some = Command::new(env!("CARGO_BIN_EXE_eventctl")).args(some).output().unwrap();
+    assert!(String::from_utf8_lossy(&some.stderr).contains("2 more above --max 1"), "{some:?}");
     assert_eq!(ctl(&["dlq", "list"]).lines().count(), 3, "a preview must change nothing");
     ctl(&["dlq", "redrive", "--reason", "billing.down", "--execute"]);
     until("three bills", async || world.billed.load(Ordering::SeqCst) == 3).await;
