@@ -7,10 +7,10 @@ use eventbus::time::to_rfc3339;
 use eventbus::{Envelope, Topic};
 use serde_json::{Value, json};
 
-use crate::context::Session;
 use crate::exit::Outcome;
 use crate::range::{Bound, Range, resolve};
 use crate::reader::{Reader, event};
+use crate::session::Session;
 
 const TOPIC: &str = "_evt.audit";
 

@@ -6,13 +6,13 @@ use eventbus::Topic;
 use eventbus::admin::Record;
 use serde_json::{Map, Value};
 
-use crate::context::Session;
 use crate::exit::Outcome;
 use crate::inspect::is_internal;
 use crate::out::row;
 use crate::range::{Bound, Range, resolve};
 use crate::reader::{Reader, event};
 use crate::record;
+use crate::session::Session;
 
 struct Link {
     id: String,

@@ -9,11 +9,11 @@ use outbox::InboxOperator;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
 use crate::range::{Range, resolve};
 use crate::reader::Reader;
+use crate::session::Session;
 use crate::store::Store;
 
 /// Compares the numbers that an outbox gave its events with their order in a topic, and with what a consumer handled.

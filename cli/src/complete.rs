@@ -10,8 +10,9 @@ use clap_complete::env::Shells;
 use clap_complete::{CompleteEnv, Shell};
 
 use crate::Cli;
-use crate::context::{Care, Config, Gate, Session};
+use crate::context::Config;
 use crate::exit::{Failure, Outcome};
+use crate::session::{Care, Gate, Session};
 
 /// A shell waits no longer for names.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -40,8 +41,7 @@ pub(crate) fn script(shell: Shell) -> Outcome<String> {
 /// The names of contexts.
 pub(crate) fn contexts() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {
-        let config = Config::load(flag("--config", None).map(PathBuf::from).as_ref());
-        let names = config.into_iter().flat_map(|config| config.context.into_keys());
+        let names = config().into_iter().flat_map(|config| config.context.into_keys());
         names.map(CompletionCandidate::new).collect()
     })
 }
@@ -66,6 +66,12 @@ pub(crate) fn groups() -> ArgValueCandidates {
             Ok(names.into_iter().map(|info| info.group.to_string()).collect())
         })
     })
+}
+
+/// The configuration that the line speaks of.
+fn config() -> Outcome<Config> {
+    let named = flag("--config", None).map(PathBuf::from);
+    Config::load(named.or_else(|| std::env::var_os("EVENTCTL_CONFIG").map(PathBuf::from)).as_ref())
 }
 
 /// A flag of the line that is completed: what follows the `--` is that line.
@@ -102,7 +108,7 @@ fn names(
 
 /// Opens the bus of the line that is completed.
 async fn open() -> Outcome<Session> {
-    let config = Config::load(flag("--config", None).map(PathBuf::from).as_ref())?;
+    let config = config()?;
     let wanted = flag("--context", Some("-c")).or_else(|| std::env::var("EVENTCTL_CONTEXT").ok());
     let (name, context) = config.find(wanted.as_deref())?;
     if context.runs_a_program() {

@@ -9,7 +9,6 @@ use eventbus::{Envelope, Topic};
 use serde_json::json;
 
 use crate::complete;
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::held::{self, Held, Sequence};
 use crate::inspect::record_at;
@@ -20,6 +19,7 @@ use crate::out::say;
 use crate::pace::Pace;
 use crate::range::{Bound, Range, resolve};
 use crate::reader::{Filter, Reader, event};
+use crate::session::Session;
 use crate::{audit, record};
 
 /// Looks at dead letters and sends them back.

@@ -9,10 +9,10 @@ use eventbus::fitness::{Probe, Verdict};
 use eventbus::{Envelope, Group, Polled, Settle, Subscription, Topic};
 use serde_json::{Map, Value, json};
 
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::{row, say};
+use crate::session::Session;
 use crate::store::Store;
 
 /// How long the canary may take.

@@ -3,8 +3,8 @@
 use clap::Args;
 use eventbus::{Bus, Group, HeldKey, ParkedKeys, Topic};
 
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
+use crate::session::Session;
 
 /// Chooses one parked sequence.
 #[derive(Debug, Args)]

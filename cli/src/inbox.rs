@@ -3,10 +3,10 @@
 use clap::{Args, Subcommand};
 use eventbus::{Envelope, EventId};
 
-use crate::context::Gate;
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
 use crate::outbox::readable;
+use crate::session::Gate;
 use crate::store::Store;
 
 /// Looks into what consumers remember that handle each event once.

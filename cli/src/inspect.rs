@@ -9,13 +9,13 @@ use eventbus::{Group, Offset, PartitionId, Topic};
 
 use crate::chain;
 use crate::complete;
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::listing::Listing;
 use crate::out::Out;
 use crate::out::row;
 use crate::range;
 use crate::record;
+use crate::session::Session;
 
 /// Looks at topics, groups and records.
 ///

@@ -24,6 +24,7 @@ mod reader;
 mod record;
 mod replay;
 mod secret;
+mod session;
 mod store;
 mod tail;
 mod time;
@@ -37,10 +38,11 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::json;
 
-use crate::context::{Care, Config, Gate, Session};
+use crate::context::Config;
 use crate::exit::{Failure, Outcome};
 use crate::out::{Color, Format, Out, say};
 use crate::progress::Style;
+use crate::session::{Care, Gate, Session};
 use crate::store::Store;
 use crate::time::Time;
 

@@ -7,10 +7,10 @@ use eventbus::Topic;
 use outbox::{AnyOutbox, Entry, Operator, Permanent, RowId, Which};
 use serde_json::{Map, Value, json};
 
-use crate::context::{Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::out::{Out, row, say};
 use crate::range;
+use crate::session::{Gate, Session};
 use crate::store::Store;
 
 /// Looks into an outbox and frees what is stuck, while programs use it.

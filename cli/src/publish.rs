@@ -9,13 +9,13 @@ use eventbus::{Bus, Envelope, EventId, Topic};
 use outbox::AnyOutbox;
 use serde_json::{Value, json};
 
-use crate::context::Gate;
 use crate::exit::{Failure, Outcome};
 use crate::out::Out;
 use crate::out::say;
 use crate::pace::Pace;
 use crate::progress::{Progress, Style};
 use crate::record;
+use crate::session::Gate;
 use crate::store::Store;
 
 /// How input is cut into events.

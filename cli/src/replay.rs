@@ -8,7 +8,6 @@ use eventbus::{Envelope, EventId, Offset, PartitionId, Topic};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::context::{Gate, Session};
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
 use crate::out::Out;
@@ -19,6 +18,7 @@ use crate::progress::{Progress, Style};
 use crate::publish::OnError;
 use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, event};
+use crate::session::{Gate, Session};
 use crate::{audit, complete, record};
 
 /// Publishes a range of a topic into another topic. No group moves.

@@ -3,8 +3,8 @@
 use clap::Args;
 use outbox::{AnyOutbox, Namespace, Options};
 
-use crate::context::Gate;
 use crate::exit::{Failure, Outcome};
+use crate::session::Gate;
 
 /// Where the tables are: what is named, else the context's outbox, else the database of the bus.
 #[derive(Debug, Args)]

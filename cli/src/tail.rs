@@ -7,7 +7,6 @@ use clap::Args;
 use eventbus::admin::{Admin, Record};
 use eventbus::{PartitionId, Topic};
 
-use crate::context::Session;
 use crate::decode::Decode;
 use crate::exit::{Failure, Outcome};
 use crate::jq::Jq;
@@ -15,6 +14,7 @@ use crate::out::{Out, say};
 use crate::range::{Bound, Range, Span, resolve};
 use crate::reader::{Filter, RangeFlags, Reader, Wanted, event};
 use crate::record;
+use crate::session::Session;
 use crate::time::Time;
 
 /// Reads records. Never joins or moves a group.

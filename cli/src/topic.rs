@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::audit;
 use crate::complete;
-use crate::context::Session;
 use crate::exit::{Failure, Outcome};
 use crate::out::say;
 use crate::range::{self, Bound, Range, resolve};
+use crate::session::Session;
 
 /// Creates, empties and deletes topics.
 ///
